@@ -1,0 +1,112 @@
+package postrider
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/postrider/postrider/codec"
+)
+
+// contract is what a Topic and a Method have in common: a name, an encoding, a key.
+type contract struct {
+	name   string
+	codecs codec.Set
+	key    func(any) string
+}
+
+// ContractOption sets how the values of a [Topic] or the requests of a [Method] are encoded and keyed.
+type ContractOption func(*contract)
+
+// Encoding names the codecs of a contract: the first writes, all are read. The default is [codec.Standard].
+func Encoding(codecs ...codec.Codec) ContractOption {
+	return func(c *contract) { c.codecs = codecs }
+}
+
+// KeyBy gives every message a partition key taken from its value (T is the contract's type). Messages with the same key
+// keep their order: they are handled in the order in which their transactions committed. An empty key means none.
+func KeyBy[T any](key func(*T) string) ContractOption {
+	return func(c *contract) {
+		c.key = func(v any) string {
+			t, ok := v.(*T)
+			if !ok {
+				panic(fmt.Sprintf("postrider: contract %s: KeyBy takes %T, the contract's values are %T", c.name, t, v))
+			}
+			return key(t)
+		}
+	}
+}
+
+func newContract(name string, zero any, opts []ContractOption) contract {
+	c := contract{name: name, codecs: codec.Standard()}
+	for _, opt := range opts {
+		opt(&c)
+	}
+	if len(c.codecs) == 0 {
+		panic("postrider: contract " + name + ": Encoding needs at least one codec")
+	}
+	if c.key != nil {
+		func() { // a KeyBy of another type must fail at start, and a key function need not bear a zero value
+			defer func() {
+				if r := recover(); r != nil && strings.HasPrefix(fmt.Sprint(r), "postrider: ") {
+					panic(r)
+				}
+			}()
+			c.key(zero)
+		}()
+	}
+	return c
+}
+
+// message builds the message that carries v.
+func (c *contract) message(ctx context.Context, v any, opts []PublishOption) (*Message, error) {
+	data, err := c.codecs[0].Append(nil, v)
+	if err != nil {
+		return nil, &Error{Code: InvalidArgument, Op: "encode " + c.name, Err: err}
+	}
+	m := &Message{ID: NewID(), Type: c.name, Time: time.Now(), ContentType: c.codecs[0].ContentType(), Data: data}
+	if c.key != nil {
+		if key := c.key(v); key != "" {
+			if err := m.SetExtension(ExtPartitionKey, key); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for _, opt := range opts {
+		if err := opt(m); err != nil {
+			return nil, err
+		}
+	}
+	m.link(ctx)
+	return m, nil
+}
+
+// decode reads m's data into v. What cannot be read now cannot be read later: the error is permanent.
+func (c *contract) decode(m *Message, v any) error {
+	cd, err := c.codecs.For(m.ContentType)
+	if err == nil {
+		err = cd.Unmarshal(m.Data, v)
+	}
+	if err != nil {
+		return Permanent(&Error{Code: InvalidArgument, Op: "decode " + c.name + " " + m.ID, Err: err})
+	}
+	return nil
+}
+
+// checkName panics unless name is made of tokens of letters, digits, "-" and "_", joined by dots.
+func checkName(kind, name string) {
+	if len(name) > 200 {
+		panic(fmt.Sprintf("postrider: %s name %q is longer than 200 bytes", kind, name))
+	}
+	for token := range strings.SplitSeq(name, ".") {
+		ok := token != ""
+		for i := range len(token) {
+			c := token[i]
+			ok = ok && (c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_')
+		}
+		if !ok {
+			panic(fmt.Sprintf("postrider: %s name %q: want tokens of letters, digits, - and _, joined by dots", kind, name))
+		}
+	}
+}

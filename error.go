@@ -1,0 +1,200 @@
+package postrider
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Error is the one error that crosses package and process borders. Test its class with errors.Is(err, code) and get at
+// its fields with errors.As. The zero value is not useful; Code is never OK.
+type Error struct {
+	// Code is the class.
+	Code Code
+
+	// Op is what was being done and to what, for example "call stock.v1/Reserve".
+	Op string
+
+	// Msg says what went wrong and, where that is known, what to do. It travels.
+	Msg string
+
+	// Details are machine-readable extras, kept over the wire in order.
+	Details []Detail
+
+	// RetryAfter is how long the other side asks the caller to wait before it tries again; zero means that it did not say.
+	RetryAfter time.Duration
+
+	// Unprocessed says that the request provably did not run, so that repeating it is safe whatever it does. False means
+	// that it may have run.
+	Unprocessed bool
+
+	// Err is the cause in this process. It does not travel.
+	Err error
+}
+
+// Detail is one machine-readable part of an [Error], for example a field violation.
+type Detail struct {
+	// Type names the format of Value, for example "type.googleapis.com/google.rpc.BadRequest".
+	Type string `json:"type"`
+
+	// Value is the encoded detail.
+	Value []byte `json:"value"`
+}
+
+// Errorf returns an *Error with a code and a formatted message. With %w it also wraps.
+func Errorf(code Code, format string, args ...any) *Error {
+	err := fmt.Errorf(format, args...)
+	return &Error{Code: code, Msg: err.Error(), Err: errors.Unwrap(err)}
+}
+
+// Error returns "op: message (CODE)".
+func (e *Error) Error() string {
+	text := e.Msg
+	if text == "" && e.Err != nil {
+		text = e.Err.Error()
+	}
+	if e.Op != "" {
+		text = e.Op + ": " + text
+	}
+	return text + " (" + e.Code.String() + ")"
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// Is reports whether target is this error's [Code].
+func (e *Error) Is(target error) bool {
+	c, ok := target.(Code)
+	return ok && c == e.Code
+}
+
+// CodeOf returns the class of an error: OK for nil, the code of the outermost [Error] in its chain, Canceled and
+// DeadlineExceeded for the context's errors, else Unknown.
+func CodeOf(err error) Code {
+	if err == nil {
+		return OK
+	}
+	var e *Error
+	var c Code
+	switch {
+	case errors.As(err, &e):
+		return e.Code
+	case errors.As(err, &c):
+		return c
+	case errors.Is(err, context.DeadlineExceeded):
+		return DeadlineExceeded
+	case errors.Is(err, context.Canceled):
+		return Canceled
+	default:
+		return Unknown
+	}
+}
+
+// Permanent marks an error that no repetition mends: the message goes to the dead letters at once, a saga step counts
+// as refused. Permanent(nil) is nil.
+func Permanent(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &steering{err: err, permanent: true}
+}
+
+// RetryAfter marks an error whose next attempt should wait d instead of the policy's backoff. It counts as an attempt.
+// RetryAfter(d, nil) is nil.
+func RetryAfter(d time.Duration, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &steering{err: err, after: max(d, 0)}
+}
+
+// steering is what a handler says about the next attempt.
+type steering struct {
+	err       error
+	permanent bool
+	after     time.Duration
+}
+
+func (s *steering) Error() string { return s.err.Error() }
+func (s *steering) Unwrap() error { return s.err }
+
+// Retryable reports whether trying the same thing again may help. [Permanent] says no and [RetryAfter] yes; an [Error]
+// says it by its code: InvalidArgument, NotFound, AlreadyExists, PermissionDenied, FailedPrecondition, OutOfRange,
+// Unimplemented, DataLoss and Unauthenticated are answers, everything else is weather. Other errors are retried.
+func Retryable(err error) bool {
+	if err == nil {
+		return false
+	}
+	var s *steering
+	if errors.As(err, &s) {
+		return !s.permanent
+	}
+	return CodeOf(err).retryable()
+}
+
+// RetryDelay returns the wait that an error asks for, through [RetryAfter] or [Error.RetryAfter].
+func RetryDelay(err error) (time.Duration, bool) {
+	var s *steering
+	if errors.As(err, &s) && !s.permanent {
+		return s.after, true
+	}
+	var e *Error
+	if errors.As(err, &e) && e.RetryAfter > 0 {
+		return e.RetryAfter, true
+	}
+	return 0, false
+}
+
+// wireError is the JSON form of an Error, the data of an error reply. See docs/wire.md.
+type wireError struct {
+	Code         string   `json:"code"`
+	Message      string   `json:"message"`
+	Details      []Detail `json:"details,omitempty"`
+	RetryAfterMs int64    `json:"retry_after_ms,omitempty"`
+	Unprocessed  bool     `json:"unprocessed,omitempty"`
+	Permanent    bool     `json:"permanent,omitempty"`
+}
+
+// AppendError appends the JSON form in which an error travels. Only code, message, details, retry delay and the two
+// flags do; the cause stays in this process.
+func AppendError(dst []byte, err error) []byte {
+	w := wireError{Code: CodeOf(err).String(), Message: err.Error()}
+	var e *Error
+	if errors.As(err, &e) {
+		w.Details, w.Unprocessed = e.Details, e.Unprocessed
+		if e.Msg != "" {
+			w.Message = e.Msg
+		}
+	}
+	if d, ok := RetryDelay(err); ok {
+		w.RetryAfterMs = d.Milliseconds()
+	}
+	w.Permanent = !Retryable(err) && CodeOf(err).retryable()
+	b, jsonErr := json.Marshal(w)
+	if jsonErr != nil { // strings, numbers and bytes: cannot happen
+		panic(jsonErr)
+	}
+	return append(dst, b...)
+}
+
+// ParseError reads what [AppendError] wrote. Bytes that are not such an error give an Internal error that says so.
+func ParseError(data []byte) error {
+	var w wireError
+	if err := json.Unmarshal(data, &w); err != nil {
+		return Errorf(Internal, "the other side reported an error that cannot be read: %w", err)
+	}
+	code, _ := ParseCode(w.Code)
+	if code == OK {
+		code = Unknown
+	}
+	var err error = &Error{
+		Code: code, Msg: w.Message, Details: w.Details, Unprocessed: w.Unprocessed,
+		RetryAfter: time.Duration(w.RetryAfterMs) * time.Millisecond,
+	}
+	if w.Permanent {
+		err = Permanent(err)
+	}
+	return err
+}

@@ -1,0 +1,76 @@
+package postrider
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+)
+
+// HandlerFunc handles one message and returns the reply to it, nil for an event.
+type HandlerFunc func(ctx context.Context, m *Message) (*Message, error)
+
+// Middleware wraps the handling of messages, events and calls alike.
+type Middleware func(next HandlerFunc) HandlerFunc
+
+// Handler handles the messages of one topic or method. Contracts make it: [Topic.Handler], [Method.Handler],
+// [RawHandler]. A bus subscribes it, an rpc server registers it. It is immutable and safe for concurrent use.
+type Handler struct {
+	name, topic string
+	call        bool
+	fn          HandlerFunc
+}
+
+func newHandler(name, topic string, call bool, fn HandlerFunc) Handler {
+	return Handler{name: name, topic: topic, call: call, fn: protect(name, fn)}
+}
+
+// RawHandler makes a handler that gets the messages of a topic as they are, undecoded.
+func RawHandler(topic string, fn func(ctx context.Context, m *Message) error) Handler {
+	checkName("topic", topic)
+	return newHandler(topic, topic, false, func(ctx context.Context, m *Message) (*Message, error) {
+		return nil, fn(ctx, m)
+	})
+}
+
+// Name returns the contract's name, "orders.placed.v1" or "stock.v1/Reserve".
+func (h Handler) Name() string { return h.name }
+
+// Topic returns the address of its messages on a bus, "orders.placed.v1" or "stock.v1.Reserve".
+func (h Handler) Topic() string { return h.topic }
+
+// IsCall reports whether it answers the calls of a [Method].
+func (h Handler) IsCall() bool { return h.call }
+
+// With returns the handler wrapped in middleware; the first given is the outermost.
+func (h Handler) With(mw ...Middleware) Handler {
+	for i := len(mw) - 1; i >= 0; i-- {
+		h.fn = protect(h.name, mw[i](h.fn))
+	}
+	return h
+}
+
+// Handle runs the handler on a message, which it makes known to ctx. A panic is returned as an Internal error that
+// holds the stack.
+func (h Handler) Handle(ctx context.Context, m *Message) (*Message, error) {
+	if h.fn == nil {
+		return nil, Errorf(Internal, "handle message %s: the Handler is the zero value: make it with Topic.Handler or Method.Handler", m.ID)
+	}
+	return h.fn(ContextWithMessage(ctx, m), m)
+}
+
+// protect turns a panic into an error. It stands around the handler and around each middleware, so that a middleware
+// sees a panic of what it wraps as the error that it is.
+func protect(name string, fn HandlerFunc) HandlerFunc {
+	return func(ctx context.Context, m *Message) (reply *Message, err error) {
+		defer func() {
+			if r := recover(); r != nil {
+				cause, _ := r.(error)
+				reply, err = nil, &Error{
+					Code: Internal, Op: "handle " + name, Err: cause,
+					Msg: fmt.Sprintf("the handler panicked: %v\n%s", r, debug.Stack()),
+				}
+			}
+		}()
+		return fn(ctx, m)
+	}
+}

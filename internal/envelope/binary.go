@@ -1,0 +1,92 @@
+package envelope
+
+import (
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/postrider/postrider"
+)
+
+// Headers calls fn with the name and string form of every attribute of m that is set, the required ones first, as the
+// binary modes of the bindings want them.
+func Headers(m *postrider.Message, fn func(name, value string)) {
+	fn("specversion", specVersion)
+	fn("id", m.ID)
+	fn("source", m.Source)
+	fn("type", m.Type)
+	if m.ContentType != "" {
+		fn("datacontenttype", m.ContentType)
+	}
+	if m.DataSchema != "" {
+		fn("dataschema", m.DataSchema)
+	}
+	if m.Subject != "" {
+		fn("subject", m.Subject)
+	}
+	if !m.Time.IsZero() {
+		fn("time", m.Time.Format(time.RFC3339Nano))
+	}
+	for _, x := range m.Extensions {
+		fn(x.Name, x.Value)
+	}
+}
+
+// SetHeader sets the attribute of m that a binary mode carries under name. An attribute that CloudEvents does not allow
+// is an error.
+func SetHeader(m *postrider.Message, name, text string) error {
+	switch name {
+	case "specversion":
+		if text != specVersion {
+			return fmt.Errorf("specversion is %q, want %q", text, specVersion)
+		}
+	case "id":
+		m.ID = text
+	case "source":
+		m.Source = text
+	case "type":
+		m.Type = text
+	default:
+		return setAttribute(m, name, text, time.Time{})
+	}
+	return nil
+}
+
+// Escape encodes an attribute for a header as the HTTP and NATS bindings say: space, double quote, percent and
+// everything outside printable ASCII is percent-encoded byte by byte.
+func Escape(s string) string {
+	clean := true
+	for i := range len(s) {
+		if mustEscape(s[i]) {
+			clean = false
+			break
+		}
+	}
+	if clean {
+		return s
+	}
+	var b strings.Builder
+	for i := range len(s) {
+		if c := s[i]; mustEscape(c) {
+			fmt.Fprintf(&b, "%%%02X", c)
+		} else {
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
+}
+
+func mustEscape(c byte) bool { return c <= ' ' || c == '"' || c == '%' || c >= 0x7f }
+
+// Unescape is the inverse of Escape. It is tolerant: a value that is not well encoded is taken as it stands, since the
+// CloudEvents Go SDK does not encode what it sends.
+func Unescape(s string) string {
+	if !strings.Contains(s, "%") {
+		return s
+	}
+	if t, err := url.PathUnescape(s); err == nil {
+		return t
+	}
+	return s
+}
