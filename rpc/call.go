@@ -1,0 +1,168 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"math"
+	"strconv"
+	"time"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/backoff"
+	"github.com/postrider/postrider/internal/envelope"
+)
+
+// CallOption changes one call.
+type CallOption func(*callOptions) error
+
+type callOptions struct {
+	timeout    time.Duration
+	wait       bool
+	attributes []postrider.PublishOption
+}
+
+// Timeout bounds the call in place of [ClientConfig.Timeout]. It must be positive.
+func Timeout(d time.Duration) CallOption {
+	return func(o *callOptions) error {
+		if d <= 0 {
+			return postrider.Errorf(postrider.InvalidArgument, "rpc.Timeout is %v: want a positive duration", d)
+		}
+		o.timeout = d
+		return nil
+	}
+}
+
+// WaitForReady lets the call wait, up to its deadline, for an instance of the service and for a connection to NATS. The
+// request is sent again, after a backoff, only while it provably met nobody. Without it such a call fails at once.
+func WaitForReady() CallOption {
+	return func(o *callOptions) error { o.wait = true; return nil }
+}
+
+// Attributes sets attributes of the request message: [postrider.IdempotencyKey], [postrider.Key] and so on.
+func Attributes(opts ...postrider.PublishOption) CallOption {
+	return func(o *callOptions) error { o.attributes = append(o.attributes, opts...); return nil }
+}
+
+// Call calls a method and returns its response. It ends with one outcome, at most 5 ms after the deadline, which is the
+// earlier one of the time-out and the deadline of ctx. The deadline travels with the request.
+//
+// The error is a *[postrider.Error], possibly marked by [postrider.Permanent]. One that the handler returned arrives
+// with its code, message and details. Of our own making are: Unavailable when nobody serves the method, the connection
+// is down or was lost; ResourceExhausted when the server is too busy or a message too large; DeadlineExceeded;
+// Canceled; PermissionDenied when NATS permissions refuse the subject; Internal when the answer cannot be read. Its
+// field Unprocessed says whether the request provably did not run.
+//
+// Inside a handler the request is linked to the message being handled by ctx.
+func Call[Req, Res any](
+	ctx context.Context, c *Client, m *postrider.Method[Req, Res], req *Req, opts ...CallOption,
+) (*Res, error) {
+	res, err := call(ctx, c, m, req, opts)
+	if err != nil {
+		var e *postrider.Error
+		if !errors.As(err, &e) {
+			return nil, &postrider.Error{Code: postrider.CodeOf(err), Op: "call " + m.Name(), Unprocessed: true, Err: err}
+		}
+		if e.Op == "" {
+			e.Op = "call " + m.Name()
+		}
+		return nil, err
+	}
+	return res, nil
+}
+
+func call[Req, Res any](
+	ctx context.Context, c *Client, m *postrider.Method[Req, Res], req *Req, opts []CallOption,
+) (*Res, error) {
+	o := callOptions{timeout: c.cfg.Timeout}
+	for _, opt := range opts {
+		if err := opt(&o); err != nil {
+			return nil, err
+		}
+	}
+	msg, err := m.Request(ctx, req, o.attributes...)
+	if err != nil {
+		return nil, err
+	}
+	if msg.Source == "" {
+		msg.Source = c.cfg.Source
+	}
+	if err := msg.Validate(); err != nil {
+		return nil, err
+	}
+	expires := time.Now().Add(o.timeout)
+	if d, ok := ctx.Deadline(); ok && d.Before(expires) {
+		expires = d
+	}
+	event, err := c.roundTrip(ctx, subjectOf(c.cfg.Prefix, m.Name()), msg, expires, o.wait)
+	if err != nil {
+		return nil, err
+	}
+	reply := new(postrider.Message)
+	if err := envelope.ParseProto(event, reply); err != nil {
+		return nil, unreadable(err)
+	}
+	res, err := m.Response(reply)
+	if err != nil && reply.Extension(postrider.ExtErrorCode) == "" {
+		return nil, unreadable(err)
+	}
+	return res, err
+}
+
+func unreadable(err error) error {
+	return postrider.Permanent(&postrider.Error{
+		Code: postrider.Internal, Err: err, Msg: "the response cannot be read: " + err.Error() + "; the call ran",
+	})
+}
+
+// readyPolicy paces a call that waits for somebody to serve it.
+const (
+	readyInitial = 10 * time.Millisecond
+	readyMax     = 250 * time.Millisecond
+)
+
+// roundTrip sends the request until it has an outcome: once, or with wait again while it met nobody.
+func (c *Client) roundTrip(ctx context.Context, subject string, msg *postrider.Message, expires time.Time, wait bool) ([]byte, error) {
+	for attempt := 1; ; attempt++ {
+		event, err := c.send(ctx, subject, msg, expires)
+		if err == nil {
+			return event, nil
+		}
+		if !wait || err.Code != postrider.Unavailable || !err.Unprocessed {
+			return nil, err
+		}
+		delay := backoff.Delay(postrider.RetryPolicy{Initial: readyInitial, Max: readyMax}, attempt)
+		left := time.Until(expires)
+		if left <= 0 {
+			return nil, err
+		}
+		timer := time.NewTimer(min(delay, left))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return nil, &postrider.Error{
+				Code: postrider.CodeOf(ctx.Err()), Unprocessed: true, Err: ctx.Err(),
+				Msg: "the call's context ended while it waited for the service: " + err.Msg,
+			}
+		}
+		if time.Until(expires) <= 0 {
+			return nil, err
+		}
+	}
+}
+
+// formatDeadline returns a remaining time as it stands on the wire: whole milliseconds, rounded up, at most the 24 days
+// that fit a CloudEvents integer.
+func formatDeadline(left time.Duration) string {
+	ms := int64((left + time.Millisecond - 1) / time.Millisecond)
+	return strconv.FormatInt(min(ms, math.MaxInt32), 10)
+}
+
+func parseDeadline(text string) (time.Duration, error) {
+	ms, err := strconv.ParseUint(text, 10, 31)
+	if err != nil {
+		return 0, postrider.Errorf(postrider.InvalidArgument,
+			"extension %s is %q: want milliseconds, 0 to %d", postrider.ExtDeadline, text, math.MaxInt32)
+	}
+	return time.Duration(ms) * time.Millisecond, nil //nolint:gosec // 31 bits
+}

@@ -1,0 +1,10 @@
+package rpc_test
+
+import (
+	"os"
+	"testing"
+
+	"github.com/postrider/postrider/postridertest"
+)
+
+func TestMain(m *testing.M) { os.Exit(postridertest.Main(m)) }
