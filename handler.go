@@ -16,7 +16,7 @@ type Middleware func(next HandlerFunc) HandlerFunc
 // [RawHandler]. A bus subscribes it, an rpc server registers it. It is immutable and safe for concurrent use.
 type Handler struct {
 	name, topic string
-	call        bool
+	call, raw   bool
 	fn          HandlerFunc
 }
 
@@ -27,9 +27,11 @@ func newHandler(name, topic string, call bool, fn HandlerFunc) Handler {
 // RawHandler makes a handler that gets the messages of a topic as they are, undecoded.
 func RawHandler(topic string, fn func(ctx context.Context, m *Message) error) Handler {
 	checkName("topic", topic)
-	return newHandler(topic, topic, false, func(ctx context.Context, m *Message) (*Message, error) {
+	h := newHandler(topic, topic, false, func(ctx context.Context, m *Message) (*Message, error) {
 		return nil, fn(ctx, m)
 	})
+	h.raw = true
+	return h
 }
 
 // Name returns the contract's name, "orders.placed.v1" or "stock.v1/Reserve".
@@ -40,6 +42,9 @@ func (h Handler) Topic() string { return h.topic }
 
 // IsCall reports whether it answers the calls of a [Method].
 func (h Handler) IsCall() bool { return h.call }
+
+// IsRaw reports whether it takes messages as they are, also those that are no CloudEvents.
+func (h Handler) IsRaw() bool { return h.raw }
 
 // With returns the handler wrapped in middleware; the first given is the outermost.
 func (h Handler) With(mw ...Middleware) Handler {
@@ -64,13 +69,26 @@ func protect(name string, fn HandlerFunc) HandlerFunc {
 	return func(ctx context.Context, m *Message) (reply *Message, err error) {
 		defer func() {
 			if r := recover(); r != nil {
-				cause, _ := r.(error)
-				reply, err = nil, &Error{
-					Code: Internal, Op: "handle " + name, Err: cause,
-					Msg: fmt.Sprintf("the handler panicked: %v\n%s", r, debug.Stack()),
-				}
+				reply, err = nil, &Error{Code: Internal, Op: "handle " + name, Err: &panicked{r, debug.Stack()}}
 			}
 		}()
 		return fn(ctx, m)
 	}
+}
+
+// panicked is the cause of the error that a panic becomes. Its text holds the stack, for logs and dead letters on this
+// side; a caller on the other side gets the summary only.
+type panicked struct {
+	value any
+	stack []byte
+}
+
+func (p *panicked) summary() string { return fmt.Sprintf("the handler panicked: %v", p.value) }
+
+func (p *panicked) Error() string { return p.summary() + "\n" + string(p.stack) }
+
+// Unwrap returns the panic's value if it is an error.
+func (p *panicked) Unwrap() error {
+	err, _ := p.value.(error)
+	return err
 }

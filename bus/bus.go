@@ -1,0 +1,283 @@
+package bus
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/backoff"
+)
+
+// Config configures a [Bus]. Only Source is required.
+type Config struct {
+	// Source is the CloudEvents source of what this service publishes, a URI reference: "//shop/orders". Required.
+	Source string
+
+	// Group is the group of subscriptions that name none, by custom the service's name. Without it every subscription
+	// of an event needs [Group].
+	Group string
+
+	// Streams are declared before the first use: see [Stream]. Declare every stream that this service publishes to.
+	Streams []Stream
+
+	// DeadLetters is the stream that keeps the messages which could not be handled. It is declared by a bus that
+	// subscribes. Default "DEAD_LETTERS".
+	DeadLetters string
+
+	// Prefix stands before every subject, so that systems can share a server: "staging" makes orders.placed.v1 go to
+	// staging.orders.placed.v1. Default none.
+	Prefix string
+
+	// PublishTimeout bounds a publish, all its attempts together; the context's deadline does so too. Default 10 s.
+	PublishTimeout time.Duration
+
+	// DrainTimeout is how long Run waits for handlers at its end before it cancels their contexts. Default 30 s.
+	DrainTimeout time.Duration
+
+	// Middleware wraps every handler; the first is the outermost.
+	Middleware []postrider.Middleware
+
+	// Logger takes what an operator must know. Nil is silent.
+	Logger *slog.Logger
+}
+
+func (c Config) withDefaults() Config {
+	c.DeadLetters = cmp.Or(c.DeadLetters, "DEAD_LETTERS")
+	c.PublishTimeout = cmp.Or(c.PublishTimeout, 10*time.Second)
+	c.DrainTimeout = cmp.Or(c.DrainTimeout, 30*time.Second)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+func (c Config) validate() error {
+	bad := func(field, format string, args ...any) error {
+		return postrider.Errorf(postrider.InvalidArgument, "bus: Config.%s %s", field, fmt.Sprintf(format, args...))
+	}
+	if c.Source == "" {
+		return bad("Source", "is required: a URI reference that names this service, for example //shop/orders")
+	}
+	if _, err := url.Parse(c.Source); err != nil {
+		return bad("Source", "must be a URI reference: %v", err)
+	}
+	if c.Group != "" && !isToken(c.Group) {
+		return bad("Group", "is %q: want letters, digits, - and _", c.Group)
+	}
+	for i, s := range c.Streams {
+		if !isToken(s.Name) {
+			return bad(fmt.Sprintf("Streams[%d].Name", i), "is %q: want letters, digits, - and _", s.Name)
+		}
+		if len(s.Topics) == 0 {
+			return bad(fmt.Sprintf("Streams[%d].Topics", i), "is empty: name what stream %s takes", s.Name)
+		}
+	}
+	if !isToken(c.DeadLetters) {
+		return bad("DeadLetters", "is %q: want letters, digits, - and _", c.DeadLetters)
+	}
+	if c.PublishTimeout < 0 || c.DrainTimeout < 0 {
+		return bad("PublishTimeout and DrainTimeout", "must not be negative")
+	}
+	return nil
+}
+
+// isToken says if s can be one token of a subject and the name of a stream or consumer.
+func isToken(s string) bool {
+	return s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '_'
+	})
+}
+
+// Bus publishes events to JetStream and hands them to handlers. It is a [postrider.Publisher] and a [postrider.Runner],
+// safe for concurrent use.
+type Bus struct {
+	nc  *nats.Conn
+	js  jetstream.JetStream
+	cfg Config
+	log *slog.Logger
+	pub *publisher
+
+	declaring sync.Mutex
+	declared  atomic.Bool
+
+	mu      sync.Mutex
+	subs    []*subscription
+	running bool
+
+	stats counters
+}
+
+type counters struct {
+	published, handled, retried, deadLettered atomic.Int64
+}
+
+// Stats counts what a [Bus] has done since it was made.
+type Stats struct {
+	Published    int64 // messages that a stream acknowledged, duplicates included
+	Handled      int64 // messages whose handler succeeded, or refused a command
+	Retried      int64 // failed attempts that are tried again
+	DeadLettered int64 // messages moved to the dead letters
+}
+
+// New makes a bus on a connection, which stays the caller's: the bus neither closes it nor sets its handlers. New
+// starts nothing. The error is InvalidArgument and names the field.
+func New(nc *nats.Conn, cfg Config) (*Bus, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return nil, fromNATS("bus: new", err)
+	}
+	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus")}
+	b.pub = newPublisher(nc, js)
+	return b, nil
+}
+
+// Stats returns the counters.
+func (b *Bus) Stats() Stats {
+	return Stats{
+		Published: b.stats.published.Load(), Handled: b.stats.handled.Load(),
+		Retried: b.stats.retried.Load(), DeadLettered: b.stats.deadLettered.Load(),
+	}
+}
+
+// Run declares the streams, starts the subscriptions and blocks. When ctx ends it takes no new messages, gives back at
+// once those that were fetched and not started, waits for running handlers, and returns nil. Publishing goes on to work
+// after Run has returned, as long as the connection is open. Run waits for a server that is away; it fails when the
+// server refuses a stream or a consumer, and when handlers outlive DrainTimeout.
+func (b *Bus) Run(ctx context.Context) error {
+	b.mu.Lock()
+	if b.running {
+		b.mu.Unlock()
+		return postrider.Errorf(postrider.FailedPrecondition, "bus: Run was called twice")
+	}
+	b.running = true
+	subs := b.subs
+	b.mu.Unlock()
+	for attempt := 1; ; attempt++ {
+		err := b.start(ctx, subs)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !postrider.Retryable(err) {
+			return err
+		}
+		b.log.Warn("cannot start yet", "error", err)
+		if backoff.Wait(ctx, startRetry, attempt) != nil {
+			return nil
+		}
+	}
+	errs := make([]error, len(subs))
+	var wg sync.WaitGroup
+	for i, s := range subs {
+		wg.Go(func() { errs[i] = s.run(ctx) })
+	}
+	wg.Wait()
+	<-ctx.Done() // a bus without subscriptions lives as long as the others
+	return errors.Join(errs...)
+}
+
+// startRetry spaces the attempts to reach a server that is not there yet.
+var startRetry = postrider.RetryPolicy{Attempts: -1, Initial: 100 * time.Millisecond, Max: 2 * time.Second} //nolint:gochecknoglobals // constant
+
+// start makes streams and consumers exist.
+func (b *Bus) start(ctx context.Context, subs []*subscription) error {
+	if err := b.declare(ctx); err != nil {
+		return err
+	}
+	if len(subs) > 0 {
+		if err := b.declareStream(ctx, b.deadLetterStream()); err != nil {
+			return err
+		}
+	}
+	for _, s := range subs {
+		if err := s.bind(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *Bus) subject(topic string) string {
+	if b.cfg.Prefix == "" {
+		return topic
+	}
+	return b.cfg.Prefix + "." + topic
+}
+
+func (b *Bus) topic(subject string) string {
+	if b.cfg.Prefix == "" {
+		return subject
+	}
+	return strings.TrimPrefix(subject, b.cfg.Prefix+".")
+}
+
+// fromNATS gives an error of the client library a code and says what was being done.
+func fromNATS(op string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var own *postrider.Error
+	if errors.As(err, &own) {
+		return err
+	}
+	e := &postrider.Error{Code: postrider.Internal, Op: op, Err: err}
+	var api *jetstream.APIError
+	switch {
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
+		e.Code = postrider.DeadlineExceeded
+	case errors.Is(err, context.Canceled):
+		e.Code = postrider.Canceled
+	case errors.Is(err, nats.ErrConnectionClosed), errors.Is(err, nats.ErrConnectionReconnecting),
+		errors.Is(err, nats.ErrDisconnected), errors.Is(err, nats.ErrNoResponders), errors.Is(err, nats.ErrConnectionDraining),
+		errors.Is(err, nats.ErrNoServers):
+		e.Code = postrider.Unavailable
+	case errors.Is(err, nats.ErrPermissionViolation):
+		e.Code = postrider.PermissionDenied
+	case errors.As(err, &api):
+		e.Code = apiCode(api.Code, uint16(api.ErrorCode))
+	}
+	return e
+}
+
+// Error numbers of the JetStream API (nats-server: server/errors.json) that mean something to the bus.
+const (
+	errMessageTooLarge  = 10054
+	errWrongSequence    = 10071
+	errStreamFull       = 10077
+	errWrongSequenceNow = 10164
+)
+
+// apiCode classifies an error of the JetStream API: code is HTTP-like, errCode is its own number.
+func apiCode(code int, errCode uint16) postrider.Code {
+	switch errCode {
+	case errMessageTooLarge, errStreamFull:
+		return postrider.ResourceExhausted
+	case errWrongSequence, errWrongSequenceNow:
+		return postrider.Aborted
+	}
+	switch {
+	case code == 404:
+		return postrider.NotFound
+	case code == 429, code >= 500:
+		return postrider.Unavailable
+	default:
+		return postrider.FailedPrecondition
+	}
+}

@@ -1,0 +1,380 @@
+package bus
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/backoff"
+)
+
+// subscription is one handler's share in the messages of a durable pull consumer.
+//
+//	server --pull--> inbox --receive--> queue --worker--> handler --settle--> ack, delayed nak, or dead letter
+//
+// receive registers every message that arrives, so that the heartbeat keeps it alive from then on, waiting or running,
+// and so that the drain settles each one. Pulls ask for no more than fills the queue.
+type subscription struct {
+	bus     *Bus
+	cfg     subscribeConfig
+	handler postrider.Handler
+	durable string
+	stream  string
+	log     *slog.Logger
+
+	mu       sync.Mutex
+	sub      *nats.Subscription
+	asked    int                 // requested from the server and not yet received
+	held     map[*nats.Msg]int64 // received and not settled
+	lastSign time.Time           // when the server was last heard of
+	draining bool
+	lost     bool // the consumer is gone: bind again
+	queue    chan *nats.Msg
+	wake     chan struct{} // tells the pull loop that there may be room
+}
+
+const (
+	pullExpiry    = 30 * time.Second
+	pullHeartbeat = 2 * time.Second
+)
+
+// capacity is how many messages the process holds at most: those being handled and as many to follow.
+func (s *subscription) capacity() int { return 2 * s.cfg.concurrency }
+
+// run serves the subscription until ctx ends, then drains.
+func (s *subscription) run(ctx context.Context) error {
+	s.held = make(map[*nats.Msg]int64, s.capacity())
+	s.queue = make(chan *nats.Msg, s.capacity())
+	s.wake = make(chan struct{}, 1)
+	// Handlers outlive ctx: they end by themselves, or at DrainTimeout.
+	handlerCtx, cancelHandlers := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancelHandlers()
+	var workers, helpers sync.WaitGroup
+	for range s.cfg.concurrency {
+		workers.Go(func() {
+			for msg := range s.queue {
+				s.handle(handlerCtx, msg)
+			}
+		})
+	}
+	stopHelpers := make(chan struct{})
+	helpers.Go(func() { s.heartbeat(stopHelpers) })
+
+	s.pullLoop(ctx)
+	s.drain()
+	close(s.queue)
+	err := s.await(&workers, cancelHandlers)
+	close(stopHelpers)
+	helpers.Wait()
+	if flushErr := s.bus.nc.FlushTimeout(ackTimeout); flushErr != nil && err == nil && s.bus.nc.IsConnected() {
+		s.log.Warn("the last acknowledgements may be lost: their messages come again", "error", flushErr)
+	}
+	return err
+}
+
+// await waits for the workers, cancels their contexts at DrainTimeout, and gives up on those that do not even then end.
+func (s *subscription) await(workers *sync.WaitGroup, cancel context.CancelFunc) error {
+	done := make(chan struct{})
+	go func() { workers.Wait(); close(done) }()
+	timer := time.NewTimer(s.bus.cfg.DrainTimeout)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return nil
+	case <-timer.C:
+	}
+	cancel()
+	timer.Reset(cancelGrace)
+	select {
+	case <-done:
+	case <-timer.C:
+	}
+	return postrider.Errorf(postrider.DeadlineExceeded,
+		"bus: drain group %s of %s: handlers were still running after DrainTimeout (%v) and were cancelled",
+		s.cfg.group, s.handler.Name(), s.bus.cfg.DrainTimeout)
+}
+
+// cancelGrace is what a cancelled handler gets to return.
+const cancelGrace = time.Second
+
+// pullLoop keeps the queue filled until ctx ends. It starts over when the connection or the consumer was lost.
+func (s *subscription) pullLoop(ctx context.Context) {
+	ticker := time.NewTicker(pullHeartbeat / 2)
+	defer ticker.Stop()
+	connected := s.bus.nc.StatusChanged(nats.CONNECTED)
+	defer s.bus.nc.RemoveStatusListener(connected)
+	for attempt := 1; ctx.Err() == nil; {
+		if err := s.pull(ctx); err != nil && ctx.Err() == nil {
+			s.log.Warn("pull failed", "error", err)
+			s.reset()
+			_ = backoff.Wait(ctx, startRetry, attempt)
+			attempt++
+			continue
+		}
+		attempt = 1
+		select {
+		case <-ctx.Done():
+		case <-s.wake:
+		case <-ticker.C:
+		case _, open := <-connected:
+			s.reset() // the server has forgotten what a broken connection asked for
+			if !open {
+				connected = nil
+			}
+		}
+	}
+}
+
+// pull asks the server for what the queue has room for, if that is worth a request.
+func (s *subscription) pull(ctx context.Context) error {
+	s.mu.Lock()
+	silent := s.sub != nil && time.Since(s.lastSign) > 2*pullHeartbeat+pullHeartbeat/2
+	lost, connected := s.lost, s.bus.nc.IsConnected()
+	s.mu.Unlock()
+	if !connected {
+		s.reset()
+		return nil // the ticker looks again
+	}
+	if silent || lost {
+		s.reset()
+		if err := s.bind(ctx); err != nil { // the consumer may have been deleted
+			return err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sub == nil {
+		inbox := s.bus.nc.NewInbox()
+		sub, err := s.bus.nc.Subscribe(inbox, s.receive)
+		if err != nil {
+			return fromNATS("bus: subscribe to "+s.durable, err)
+		}
+		_ = sub.SetPendingLimits(-1, -1) // bounded by what is asked for
+		s.sub, s.asked, s.lost, s.lastSign = sub, 0, false, time.Now()
+	}
+	room := s.capacity() - len(s.held) - s.asked
+	if room < (s.capacity()+1)/2 {
+		return nil
+	}
+	request := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"idle_heartbeat":%d}`,
+		room, pullExpiry.Nanoseconds(), pullHeartbeat.Nanoseconds())
+	subject := "$JS.API.CONSUMER.MSG.NEXT." + s.stream + "." + s.durable
+	if err := s.bus.nc.PublishRequest(subject, s.sub.Subject, request); err != nil {
+		return fromNATS("bus: pull from "+s.durable, err)
+	}
+	s.asked += room
+	return nil
+}
+
+// reset forgets the pull requests that are out. What they still bring goes to nobody and comes again after AckWait.
+func (s *subscription) reset() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sub != nil {
+		_ = s.sub.Unsubscribe()
+		s.sub = nil
+	}
+}
+
+// receive is called for everything that arrives on the inbox, one after the other.
+func (s *subscription) receive(msg *nats.Msg) {
+	s.mu.Lock()
+	s.lastSign = time.Now()
+	if len(msg.Data) == 0 && msg.Header.Get("Status") != "" {
+		s.status(msg)
+		s.mu.Unlock()
+		s.signal()
+		return
+	}
+	if s.asked > 0 {
+		s.asked--
+	}
+	if s.draining || len(s.queue) == cap(s.queue) {
+		s.mu.Unlock()
+		s.giveBack(msg)
+		return
+	}
+	s.held[msg] = s.lastSign.UnixNano()
+	// Sending under the lock is safe: the queue has room, and the drain closes it only after draining is set.
+	s.queue <- msg
+	s.mu.Unlock()
+}
+
+// status handles a message of the server about a pull request. The lock is held.
+func (s *subscription) status(msg *nats.Msg) {
+	switch msg.Header.Get("Status") {
+	case "100": // idle heartbeat
+		return
+	case "404", "408", "409": // the request has ended, with so many messages not delivered
+		if n, err := strconv.Atoi(msg.Header.Get("Nats-Pending-Messages")); err == nil {
+			s.asked = max(s.asked-n, 0)
+			return
+		}
+	}
+	// The consumer was deleted, the stream moved, nobody answers: start over.
+	s.asked = 0
+	s.lost = true
+	s.log.Debug("pull request ended", "status", msg.Header.Get("Status"), "description", msg.Header.Get("Description"))
+}
+
+func (s *subscription) signal() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// heartbeat tells the server at a third of AckWait that the messages held here are alive.
+func (s *subscription) heartbeat(stop <-chan struct{}) {
+	period := s.cfg.ackWait / 3
+	ticker := time.NewTicker(period)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case now := <-ticker.C:
+			s.mu.Lock()
+			alive := make([]*nats.Msg, 0, len(s.held))
+			for msg, since := range s.held {
+				if now.UnixNano()-since > period.Nanoseconds()/2 {
+					alive = append(alive, msg)
+				}
+			}
+			s.mu.Unlock()
+			for _, msg := range alive {
+				_ = s.bus.nc.Publish(msg.Reply, []byte("+WPI"))
+			}
+		}
+	}
+}
+
+// drain takes no more messages and gives back at once those that no worker has begun.
+func (s *subscription) drain() {
+	s.mu.Lock()
+	sub := s.sub
+	s.draining = true
+	s.mu.Unlock()
+	if sub != nil && s.bus.nc.IsConnected() {
+		// Drain unsubscribes and then delivers what the server had sent before it knew.
+		closed := sub.StatusChanged(nats.SubscriptionClosed)
+		if sub.Drain() == nil {
+			select {
+			case <-closed:
+			case <-time.After(ackTimeout):
+			}
+		}
+	}
+	for {
+		select {
+		case msg := <-s.queue:
+			s.settled(msg)
+			s.giveBack(msg)
+		default:
+			return
+		}
+	}
+}
+
+// giveBack lets the server deliver a message to somebody else now.
+func (s *subscription) giveBack(msg *nats.Msg) { s.answer(msg, []byte("-NAK")) }
+
+// settled forgets a message.
+func (s *subscription) settled(msg *nats.Msg) {
+	s.mu.Lock()
+	delete(s.held, msg)
+	room := s.capacity() - len(s.held) - s.asked
+	s.mu.Unlock()
+	if room >= (s.capacity()+1)/2 {
+		s.signal()
+	}
+}
+
+// answer settles a message with the server. What is lost on the way only brings the message again.
+func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
+	if err := s.bus.nc.Publish(msg.Reply, verdict); err != nil {
+		s.log.Debug("acknowledgement not sent, the message comes again", "error", err)
+	}
+}
+
+// handle runs the handler on one message and settles it.
+func (s *subscription) handle(ctx context.Context, msg *nats.Msg) {
+	defer s.settled(msg)
+	meta, err := msg.Metadata()
+	if err != nil {
+		s.log.Error("a message without JetStream metadata was dropped: no stream sent it", "subject", msg.Subject, "error", err)
+		return
+	}
+	m, isEvent, err := decode(msg, s.bus.topic(msg.Subject))
+	m.Delivery = postrider.Delivery{
+		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream, //nolint:gosec // small
+		Stored: meta.Timestamp, Group: s.cfg.group,
+	}
+	var reply *postrider.Message
+	switch {
+	case err != nil:
+		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "bus: not a valid CloudEvent: %w", err))
+	case !isEvent && !s.handler.IsRaw():
+		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument,
+			"bus: not a CloudEvent: there is no ce-specversion header and no CloudEvents content type"))
+	default:
+		reply, err = s.handler.Handle(ctx, m)
+	}
+	s.settle(msg, m, reply, err)
+}
+
+// settle decides what becomes of a handled message: acknowledged, delivered again later, or in the dead letters with
+// its cause. Nothing is dropped silently, and nothing is settled before what follows from it is stored.
+func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err error) {
+	// Not the handler's context: what was done must be told even if the handler was cancelled.
+	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
+	defer cancel()
+	verdict := []byte(nil) // an empty payload acknowledges
+	if err != nil {
+		if delay, again := backoff.Next(s.cfg.retry, m.Delivery.Attempt, err); again {
+			s.retry(msg, m, delay, err)
+			return
+		}
+		if s.handler.IsCall() {
+			reply = postrider.ErrorReply(m, err)
+		}
+		// The refusal of a command is an answer, and its asker gets it. Anything else that failed for good is kept.
+		if refused := !postrider.Retryable(err) && reply != nil && reply.Topic != ""; !refused {
+			if dlErr := s.deadLetter(ctx, msg, m, err); dlErr != nil {
+				s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), errors.Join(err, dlErr))
+				return
+			}
+			verdict = []byte("+TERM dead letter: " + postrider.CodeOf(err).String())
+		}
+	}
+	if reply != nil && reply.Topic != "" {
+		if pubErr := s.bus.Publish(ctx, reply); pubErr != nil {
+			// The handler runs again: it is idempotent or has been told that delivery is at least once.
+			s.log.Warn("reply not published, the command is delivered again", "id", m.ID, "replyto", reply.Topic, "error", pubErr)
+			s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), pubErr)
+			return
+		}
+	}
+	if verdict == nil {
+		s.bus.stats.handled.Add(1)
+	}
+	s.answer(msg, verdict)
+}
+
+// retry hands the message back to be delivered after a delay.
+func (s *subscription) retry(msg *nats.Msg, m *postrider.Message, delay time.Duration, err error) {
+	s.bus.stats.retried.Add(1)
+	s.log.Debug("attempt failed", "id", m.ID, "type", m.Type, "attempt", m.Delivery.Attempt, "delay", delay, "error", err)
+	verdict, _ := json.Marshal(struct { //nolint:errchkjson // a number
+		Delay int64 `json:"delay"`
+	}{delay.Nanoseconds()})
+	s.answer(msg, append([]byte("-NAK "), verdict...))
+}

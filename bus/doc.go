@@ -1,0 +1,36 @@
+// Package bus publishes events to NATS JetStream and hands them to handlers, every message a CloudEvent in the binary
+// mode of the CloudEvents NATS binding.
+//
+// The guarantee: when Publish returns nil the stream has the message; every message of a topic is handled at least once
+// by each group, until its handler succeeds or it stands in the dead letters with its cause.
+//
+//	b, err := bus.New(nc, bus.Config{
+//		Source:  "//shop/orders",
+//		Streams: []bus.Stream{{Name: "ORDERS", Topics: []string{"orders.>"}}},
+//	})
+//	err = b.Subscribe(OrderPlaced.Handler(confirm), bus.Group("mailer"))
+//	go postrider.Run(ctx, b)
+//	err = OrderPlaced.Publish(ctx, b, &order)
+//
+// # Publishing
+//
+// A nats-server that syncs every message (sync_interval: always, the only setting under which an acknowledged message
+// outlives a power cut) spends one disk sync on each publish, whatever the concurrency. An atomic batch is synced once.
+// So Publish commits in groups: what is waiting for a stream goes out as one atomic batch of up to 1000 messages, two
+// groups on their way at a time; there is no timer, and a lone message goes alone at once. A batch that the server
+// refuses is sent again one by one, so that each caller has its own result. This is the group commit of databases
+// (DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984) with the client as the log's
+// writer.
+//
+// # Handling
+//
+// A subscription pulls from a durable consumer as many messages as it has room for, and keeps those it holds alive by
+// signs of progress, so that a short AckWait brings the messages of a crashed process back within seconds while a slow
+// handler may take its time. A failed attempt is given back to the server with the delay of the retry policy and blocks
+// nobody. After the last attempt, or at once when [postrider.Retryable] says that no attempt will help, the message is
+// stored in the dead letters, and only then given up. Handlers may see a message twice: wrap them with package
+// idempotency where that matters.
+//
+// Not for: messages that may be lost (use NATS itself), answers that a caller waits for (package rpc), publishing that
+// must agree with a database transaction (package outbox).
+package bus

@@ -1,0 +1,117 @@
+package bus
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/backoff"
+)
+
+// publishRetry spaces the attempts of one Publish; PublishTimeout bounds them.
+var publishRetry = postrider.RetryPolicy{ //nolint:gochecknoglobals // a constant in all but syntax
+	Attempts: -1, Initial: 50 * time.Millisecond, Max: time.Second,
+}
+
+// Publish stores messages in their streams and returns when the server has acknowledged all of them, synced as the
+// server's sync_interval says. Messages of one call that go to one stream are stored in their order. What several
+// callers publish at the same time shares the server's disk syncs (see the package comment). Failures that pass are
+// tried again under the same message ids until PublishTimeout or ctx ends, so that the server drops what it had already.
+//
+// Errors: InvalidArgument (attributes, no such address), ResourceExhausted (too large for the server, stream full),
+// FailedPrecondition (no stream takes the address), Unavailable and DeadlineExceeded (it may have been stored). With
+// several messages the error is a *[postrider.BatchError].
+func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
+	if len(msgs) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, b.cfg.PublishTimeout)
+	defer cancel()
+	errs := make([]error, len(msgs))
+	entries := make([]*entry, 0, len(msgs))
+	index := make([]int, 0, len(msgs))
+	for i, m := range msgs {
+		e, err := b.prepare(m)
+		if err != nil {
+			errs[i] = err
+			continue
+		}
+		entries, index = append(entries, e), append(index, i)
+	}
+	for attempt := 1; len(entries) > 0; attempt++ {
+		if err := b.declare(ctx); err != nil {
+			for _, e := range entries {
+				e.err = err
+			}
+		} else {
+			b.pub.publish(ctx, entries)
+		}
+		again, againIndex := entries[:0], index[:0]
+		for i, e := range entries {
+			errs[index[i]] = e.err
+			switch {
+			case e.err == nil:
+				b.stats.published.Add(1)
+			case postrider.Retryable(e.err):
+				again, againIndex = append(again, e), append(againIndex, index[i])
+			}
+		}
+		entries, index = again, againIndex
+		if len(entries) > 0 && backoff.Wait(ctx, publishRetry, attempt) != nil {
+			break
+		}
+	}
+	return batchError(errs)
+}
+
+// batchError makes one error of those of each message.
+func batchError(errs []error) error {
+	if len(errs) == 1 {
+		return errs[0]
+	}
+	for _, err := range errs {
+		if err != nil {
+			return &postrider.BatchError{Errs: errs}
+		}
+	}
+	return nil
+}
+
+// prepare checks a message and encodes it.
+func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
+	if m.Source == "" {
+		m.Source = b.cfg.Source
+	}
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	topic := m.Address()
+	if !isAddress(topic) {
+		return nil, postrider.Errorf(postrider.InvalidArgument,
+			"bus: publish %s: %q is no address: want tokens without spaces and wildcards, joined by dots", m.ID, topic)
+	}
+	msg := encode(m, b.subject(topic))
+	if limit := b.nc.MaxPayload(); limit > 0 && int64(msg.Size()) > limit {
+		return nil, postrider.Permanent(&postrider.Error{
+			Code: postrider.ResourceExhausted, Op: "bus: publish " + m.Type + " " + m.ID,
+			Msg: fmt.Sprintf("the message has %d bytes with its headers, the server takes %d (max_payload): "+
+				"send a reference instead of the data", msg.Size(), limit),
+		})
+	}
+	return &entry{msg: msg}, nil
+}
+
+// isAddress says if s can be published to: no empty tokens, no wildcards, no white space.
+func isAddress(s string) bool {
+	start := true
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == '.' && start, c <= ' ', c == '*', c == '>', c == 0x7f:
+			return false
+		default:
+			start = c == '.'
+		}
+	}
+	return !start
+}

@@ -1,0 +1,345 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider"
+)
+
+// How the publisher groups. An atomic batch is synced to disk once, before its acknowledgement, but is staged in a file
+// of its own first: below four messages single publishes are as fast. The server takes at most 1000 messages a batch.
+const (
+	maxGroup      = 1000
+	maxGroupBytes = 8 << 20
+	minBatch      = 4
+	maxInFlight   = 2 // groups per stream: one is written while the server syncs the other
+)
+
+// headers that the bus adds to a message of an atomic batch (nats-architecture-and-design: ADR-50).
+const (
+	headerBatchID     = "Nats-Batch-Id"
+	headerBatchSeq    = "Nats-Batch-Sequence"
+	headerBatchCommit = "Nats-Batch-Commit"
+)
+
+// ackTimeout is how long one attempt waits for its acknowledgement.
+const ackTimeout = 5 * time.Second
+
+// entry is one message on its way. err is valid once the entry's call is done.
+type entry struct {
+	msg  *nats.Msg
+	err  error
+	call *call
+}
+
+// call counts down the entries of one publish; done is closed when all have their result.
+type call struct {
+	mu   sync.Mutex
+	left int
+	done chan struct{}
+}
+
+func (e *entry) finish(err error) {
+	e.err = err
+	e.call.mu.Lock()
+	defer e.call.mu.Unlock()
+	if e.call.left--; e.call.left == 0 {
+		close(e.call.done)
+	}
+}
+
+// publisher sends messages to their streams by group commit: what is waiting for a stream, callers of one message
+// included, goes out as one atomic batch, with no timer. A lone message goes alone at once.
+type publisher struct {
+	nc   *nats.Conn
+	js   jetstream.JetStream
+	acks *acks
+
+	mu    sync.Mutex
+	lanes map[string]*lane  // by stream
+	known map[string]string // subject -> stream
+}
+
+func newPublisher(nc *nats.Conn, js jetstream.JetStream) *publisher {
+	return &publisher{nc: nc, js: js, acks: newAcks(nc), lanes: map[string]*lane{}, known: map[string]string{}}
+}
+
+// lane is the queue of one stream.
+type lane struct {
+	pub    *publisher
+	atomic bool
+
+	mu       sync.Mutex
+	queue    []*entry
+	inFlight int
+}
+
+// publish sends entries and returns when each has its result in err. Entries of one stream keep their order: the next
+// group of a call is queued when the one before it is settled, and not sent when it failed.
+func (p *publisher) publish(ctx context.Context, entries []*entry) {
+	type part struct {
+		lane    *lane
+		entries []*entry
+	}
+	var parts []*part
+	for _, e := range entries {
+		l, err := p.lane(ctx, e.msg.Subject)
+		if err != nil {
+			e.err = err
+			continue
+		}
+		i := 0
+		for i < len(parts) && parts[i].lane != l {
+			i++
+		}
+		if i == len(parts) {
+			parts = append(parts, &part{lane: l})
+		}
+		parts[i].entries = append(parts[i].entries, e)
+	}
+	if len(parts) == 1 {
+		parts[0].lane.publish(ctx, parts[0].entries)
+		return
+	}
+	var wg sync.WaitGroup
+	for _, part := range parts {
+		wg.Go(func() { part.lane.publish(ctx, part.entries) })
+	}
+	wg.Wait()
+}
+
+func (l *lane) publish(ctx context.Context, entries []*entry) {
+	var failed error
+	for len(entries) > 0 {
+		chunk := entries[:min(len(entries), maxGroup)]
+		entries = entries[len(chunk):]
+		if failed == nil {
+			failed = l.publishChunk(ctx, chunk)
+			continue
+		}
+		for _, e := range chunk {
+			e.err = failed
+		}
+	}
+}
+
+// publishChunk queues entries, works on the queue if nobody else does, and waits. It returns an error that passes, if
+// one of the entries had one: what comes after it must wait for the next attempt.
+func (l *lane) publishChunk(ctx context.Context, chunk []*entry) error {
+	c := &call{left: len(chunk), done: make(chan struct{})}
+	for _, e := range chunk {
+		e.call = c
+	}
+	l.mu.Lock()
+	l.queue = append(l.queue, chunk...)
+	lead := l.inFlight < maxInFlight
+	if lead {
+		l.inFlight++
+	}
+	l.mu.Unlock()
+	if lead {
+		runtime.Gosched() // callers that are ready join the group
+		l.work()
+	}
+	// Whatever happens to ctx, each group ends within ackTimeout, and its outcome is worth knowing. Waiting for it keeps
+	// the entries' ownership simple.
+	<-c.done
+	for _, e := range chunk {
+		if e.err != nil && postrider.Retryable(e.err) {
+			return e.err
+		}
+	}
+	return ctx.Err()
+}
+
+// work sends one group, then hands over to a goroutine if more is waiting.
+func (l *lane) work() {
+	if group := l.take(); len(group) > 0 {
+		l.send(group)
+	}
+	l.mu.Lock()
+	more := len(l.queue) > 0
+	if !more {
+		l.inFlight--
+	}
+	l.mu.Unlock()
+	if more {
+		go l.work()
+	}
+}
+
+// take removes a group from the queue.
+func (l *lane) take() []*entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n, bytes := 0, 0
+	for n < len(l.queue) && n < maxGroup && (n == 0 || bytes < maxGroupBytes) {
+		bytes += len(l.queue[n].msg.Data)
+		n++
+	}
+	group := l.queue[:n:n]
+	l.queue = l.queue[n:]
+	if len(l.queue) == 0 {
+		l.queue = nil
+	}
+	return group
+}
+
+// send publishes a group and gives each entry its result. A batch that is refused or whose outcome is unknown is sent
+// again one by one: a duplicate id refuses the whole batch, and a bad message must not fail its neighbours.
+func (l *lane) send(group []*entry) {
+	if !l.atomic || len(group) < minBatch {
+		l.single(group)
+		return
+	}
+	err := l.pub.batch(group)
+	if err == nil || errors.Is(err, postrider.Unavailable) {
+		for _, e := range group {
+			l.finish(e, err)
+		}
+		return
+	}
+	for i, e := range group {
+		p := l.pub.acks.add()
+		l.pub.transmit(e.msg, p)
+		if err = p.wait(); err != nil && postrider.Retryable(err) {
+			for _, e := range group[i:] { // what comes later must not overtake
+				l.finish(e, err)
+			}
+			return
+		}
+		l.finish(e, err)
+	}
+}
+
+// single publishes each message with an acknowledgement of its own, all at once.
+func (l *lane) single(group []*entry) {
+	pending := make([]*pendingAck, len(group))
+	for i, e := range group {
+		pending[i] = l.pub.acks.add()
+		l.pub.transmit(e.msg, pending[i])
+	}
+	for i, e := range group {
+		l.finish(e, pending[i].wait())
+	}
+}
+
+// finish gives an entry its result. A stream that does not answer may have gone: it is looked up again next time.
+func (l *lane) finish(e *entry, err error) {
+	if errors.Is(err, nats.ErrNoResponders) {
+		l.pub.forget(e.msg.Subject)
+	}
+	e.finish(err)
+}
+
+// batch publishes a group as one atomic batch; only the last message asks for an answer.
+func (p *publisher) batch(group []*entry) error {
+	id := p.acks.nextID()
+	last := len(group) - 1
+	ack := p.acks.add()
+	for i, e := range group {
+		header := make(nats.Header, len(e.msg.Header)+3) // the entry's own must stay fit for a single publish
+		for k, v := range e.msg.Header {
+			header[k] = v
+		}
+		header[headerBatchID] = []string{id}
+		header[headerBatchSeq] = []string{strconv.Itoa(i + 1)}
+		msg := &nats.Msg{Subject: e.msg.Subject, Header: header, Data: e.msg.Data}
+		if i == last {
+			header[headerBatchCommit] = []string{"1"}
+			p.transmit(msg, ack)
+			break
+		}
+		if err := p.nc.PublishMsg(msg); err != nil {
+			ack.resolve(fromNATS("bus: publish", err))
+			break
+		}
+	}
+	return ack.wait()
+}
+
+// transmit sends a message whose acknowledgement resolves ack.
+func (p *publisher) transmit(msg *nats.Msg, ack *pendingAck) {
+	if !p.nc.IsConnected() {
+		// The client library would keep the message and send it whenever the server is back, long after the caller has
+		// given up.
+		ack.resolve(&postrider.Error{
+			Code: postrider.Unavailable, Op: "bus: publish to " + msg.Subject, Unprocessed: true,
+			Msg: "not connected to NATS (" + strings.ToLower(p.nc.Status().String()) + ")",
+		})
+		return
+	}
+	m := *msg
+	m.Reply = ack.reply
+	if err := p.nc.PublishMsg(&m); err != nil {
+		ack.resolve(fromNATS("bus: publish to "+msg.Subject, err))
+	}
+}
+
+// lane finds the stream that takes a subject.
+func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
+	p.mu.Lock()
+	if name, ok := p.known[subject]; ok {
+		defer p.mu.Unlock()
+		return p.lanes[name], nil
+	}
+	p.mu.Unlock()
+	op := "bus: find the stream of " + subject
+	if !p.nc.IsConnected() {
+		return nil, &postrider.Error{Code: postrider.Unavailable, Op: op, Msg: "not connected to NATS", Unprocessed: true}
+	}
+	name, err := p.js.StreamNameBySubject(ctx, subject)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil, &postrider.Error{
+			Code: postrider.FailedPrecondition, Op: op, Unprocessed: true,
+			Msg: "no stream takes this subject: declare one in bus.Config.Streams", Err: err,
+		}
+	}
+	if err != nil {
+		return nil, fromNATS(op, err)
+	}
+	stream, err := p.js.Stream(ctx, name)
+	if err != nil {
+		return nil, fromNATS(op, err)
+	}
+	cfg := stream.CachedInfo().Config
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.lanes[name] == nil {
+		// With replicas the Raft log groups the syncs by itself.
+		p.lanes[name] = &lane{pub: p, atomic: cfg.AllowAtomicPublish && cfg.Replicas <= 1}
+	}
+	if len(p.known) >= maxKnownSubjects {
+		clear(p.known)
+	}
+	p.known[subject] = name
+	return p.lanes[name], nil
+}
+
+// forget drops what is known about a subject: its stream may have gone.
+func (p *publisher) forget(subject string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.known, subject)
+}
+
+// maxKnownSubjects bounds the cache of subjects; topics are few, replies to many instances may not be.
+const maxKnownSubjects = 4096
+
+// noStream is the error for a publish that nobody answered.
+func noStream() error {
+	return &postrider.Error{
+		Code: postrider.Unavailable, Op: "bus: publish", Unprocessed: true,
+		Msg: fmt.Sprintf("the stream does not answer (%v)", nats.ErrNoResponders), Err: nats.ErrNoResponders,
+	}
+}

@@ -1,0 +1,158 @@
+package bus
+
+import (
+	"cmp"
+	"context"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider"
+)
+
+// SubscribeOption sets how one subscription is served.
+type SubscribeOption func(*subscribeConfig)
+
+// Position is where a group that did not exist before begins in the stream.
+type Position int
+
+// Positions.
+const (
+	// DeliverNew begins with the messages that are published from now on: the default for events, so that a new service never
+	// handles the past by surprise.
+	DeliverNew Position = iota + 1
+
+	// DeliverAll begins with the oldest message that the stream has: the default for commands, which are meant for this
+	// service whenever it starts.
+	DeliverAll
+)
+
+type subscribeConfig struct {
+	group       string
+	concurrency int
+	retry       postrider.RetryPolicy
+	ackWait     time.Duration
+	from        Position
+}
+
+// Group names the group: each message goes to one member of each group, and the group keeps its place in the stream
+// while no member runs. By custom it is the service's name. Default [Config.Group].
+func Group(name string) SubscribeOption { return func(c *subscribeConfig) { c.group = name } }
+
+// Concurrency is how many messages this process handles at once, 1 to 10,000. Default 16.
+func Concurrency(n int) SubscribeOption { return func(c *subscribeConfig) { c.concurrency = n } }
+
+// Retry sets the policy for failed attempts. A delay is kept by the server, so that it blocks nobody and outlives this
+// process. Default: the zero [postrider.RetryPolicy].
+func Retry(p postrider.RetryPolicy) SubscribeOption { return func(c *subscribeConfig) { c.retry = p } }
+
+// AckWait is how long a message stays with a process that shows no sign of life; then another one gets it. Handlers may
+// take longer: the bus signals for as long as they run. At least 1 s. Default 10 s.
+func AckWait(d time.Duration) SubscribeOption { return func(c *subscribeConfig) { c.ackWait = d } }
+
+// From says where a new group begins. A group that exists goes on where it was. Default [DeliverNew] for events,
+// [DeliverAll] for commands.
+func From(p Position) SubscribeOption { return func(c *subscribeConfig) { c.from = p } }
+
+// Subscribe has h handle the messages of its topic, from [Bus.Run] on. Events come to one member of each group. The
+// handler of a [postrider.Method] gets the commands sent to it, and its reply goes to the topic that the command asks
+// for. Errors: InvalidArgument for an option out of range, AlreadyExists for a second handler of the same topic and
+// group, FailedPrecondition once Run was called.
+func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
+	c := subscribeConfig{group: b.cfg.Group}
+	for _, opt := range opts {
+		opt(&c)
+	}
+	c.concurrency = cmp.Or(c.concurrency, 16)
+	c.ackWait = cmp.Or(c.ackWait, 10*time.Second)
+	if c.from == 0 {
+		c.from = DeliverNew
+		if h.IsCall() {
+			c.from = DeliverAll
+		}
+	}
+	bad := func(format string, args ...any) error {
+		return postrider.Errorf(postrider.InvalidArgument, "bus: subscribe "+h.Name()+": "+format, args...)
+	}
+	switch {
+	case h.Topic() == "":
+		return bad("the Handler is the zero value: make it with Topic.Handler or Method.Handler")
+	case !isToken(c.group):
+		return bad("group %q: want letters, digits, - and _: set Config.Group or the option Group", c.group)
+	case c.concurrency < 1 || c.concurrency > 10_000:
+		return bad("Concurrency is %d: want 1 to 10,000", c.concurrency)
+	case c.ackWait < time.Second:
+		return bad("AckWait is %v: want at least 1s", c.ackWait)
+	case c.from != DeliverNew && c.from != DeliverAll:
+		return bad("From is %d: want DeliverNew or DeliverAll", c.from)
+	}
+	if err := c.retry.Validate(); err != nil {
+		return bad("%w", err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.running {
+		return postrider.Errorf(postrider.FailedPrecondition, "bus: subscribe %s: Run was called already: subscribe before it", h.Name())
+	}
+	for _, s := range b.subs {
+		if s.cfg.group == c.group && s.handler.Topic() == h.Topic() {
+			return postrider.Errorf(postrider.AlreadyExists,
+				"bus: subscribe %s: group %s has a handler for this topic already", h.Name(), c.group)
+		}
+	}
+	s := &subscription{
+		bus: b, cfg: c, handler: h.With(b.cfg.Middleware...),
+		durable: c.group + "-" + strings.ReplaceAll(h.Topic(), ".", "_"),
+	}
+	s.log = b.log.With("group", c.group, "topic", h.Topic())
+	b.subs = append(b.subs, s)
+	return nil
+}
+
+// bind finds the stream of the topic and makes the durable consumer exist. It is repeated when the consumer is lost.
+func (s *subscription) bind(ctx context.Context) error {
+	b, op := s.bus, "bus: subscribe "+s.handler.Name()
+	subject := b.subject(s.handler.Topic())
+	stream, err := b.js.StreamNameBySubject(ctx, subject)
+	if err != nil {
+		if e := fromNATS(op, err); postrider.CodeOf(e) != postrider.NotFound {
+			return e
+		}
+		return &postrider.Error{
+			Code: postrider.FailedPrecondition, Op: op, Err: err,
+			Msg: "no stream takes " + subject + ": declare one in bus.Config.Streams",
+		}
+	}
+	cfg := jetstream.ConsumerConfig{
+		Durable:       s.durable,
+		FilterSubject: subject,
+		DeliverPolicy: jetstream.DeliverNewPolicy,
+		AckPolicy:     jetstream.AckExplicitPolicy,
+		AckWait:       s.cfg.ackWait,
+		MaxDeliver:    -1, // attempts are counted here: the server would drop the message
+		MaxAckPending: max(1000, 4*s.cfg.concurrency),
+		MaxWaiting:    512,
+	}
+	if s.cfg.from == DeliverAll {
+		cfg.DeliverPolicy = jetstream.DeliverAllPolicy
+	}
+	if have, err := b.js.Consumer(ctx, stream, s.durable); err == nil {
+		cfg.DeliverPolicy = have.CachedInfo().Config.DeliverPolicy // where it began cannot be changed, nor needs to be
+	} else {
+		s.log.Info("new group", "stream", stream, "durable", s.durable, "from", s.cfg.from.String())
+	}
+	if _, err := b.js.CreateOrUpdateConsumer(ctx, stream, cfg); err != nil {
+		return fromNATS(op+": consumer "+s.durable+" of stream "+stream, err)
+	}
+	s.stream = stream
+	return nil
+}
+
+// String returns "new" or "all".
+func (p Position) String() string {
+	if p == DeliverAll {
+		return "all"
+	}
+	return "new"
+}
