@@ -34,9 +34,14 @@ func (m *Message) link(ctx context.Context) {
 			m.setExtension(name, value)
 		}
 	}
+	setTrace := func(parent, state string) { // as a pair: the state means nothing beside another parent
+		if parent != "" && m.Extension(ExtTraceParent) == "" {
+			m.setExtension(ExtTraceParent, parent)
+			set(ExtTraceState, state)
+		}
+	}
 	if t, ok := ctx.Value(traceKey{}).(trace); ok {
-		set(ExtTraceParent, t.parent)
-		set(ExtTraceState, t.state)
+		setTrace(t.parent, t.state)
 	}
 	cause := MessageFromContext(ctx)
 	if cause == nil {
@@ -48,8 +53,5 @@ func (m *Message) link(ctx context.Context) {
 	} else {
 		set(ExtCorrelationID, cause.ID)
 	}
-	if m.Extension(ExtTraceParent) == "" {
-		set(ExtTraceParent, cause.Extension(ExtTraceParent))
-		set(ExtTraceState, cause.Extension(ExtTraceState))
-	}
+	setTrace(cause.Extension(ExtTraceParent), cause.Extension(ExtTraceState))
 }

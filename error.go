@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 )
 
@@ -46,19 +47,27 @@ type Detail struct {
 // Errorf returns an *Error with a code and a formatted message. With %w it also wraps.
 func Errorf(code Code, format string, args ...any) *Error {
 	err := fmt.Errorf(format, args...)
-	return &Error{Code: code, Msg: err.Error(), Err: errors.Unwrap(err)}
+	cause := errors.Unwrap(err)
+	if _, several := err.(interface{ Unwrap() []error }); several {
+		cause = err
+	}
+	return &Error{Code: code, Msg: err.Error(), Err: cause}
 }
 
 // Error returns "op: message (CODE)".
 func (e *Error) Error() string {
-	text := e.Msg
-	if text == "" && e.Err != nil {
-		text = e.Err.Error()
-	}
+	text := e.text()
 	if e.Op != "" {
 		text = e.Op + ": " + text
 	}
 	return text + " (" + e.Code.String() + ")"
+}
+
+func (e *Error) text() string {
+	if e.Msg == "" && e.Err != nil {
+		return e.Err.Error()
+	}
+	return e.Msg
 }
 
 // Unwrap returns the cause.
@@ -122,7 +131,8 @@ func (s *steering) Unwrap() error { return s.err }
 
 // Retryable reports whether trying the same thing again may help. [Permanent] says no and [RetryAfter] yes; an [Error]
 // says it by its code: InvalidArgument, NotFound, AlreadyExists, PermissionDenied, FailedPrecondition, OutOfRange,
-// Unimplemented, DataLoss and Unauthenticated are answers, everything else is weather. Other errors are retried.
+// Unimplemented, DataLoss and Unauthenticated are answers, unless it names a wait; everything else is weather. Other
+// errors are retried.
 func Retryable(err error) bool {
 	if err == nil {
 		return false
@@ -131,7 +141,8 @@ func Retryable(err error) bool {
 	if errors.As(err, &s) {
 		return !s.permanent
 	}
-	return CodeOf(err).retryable()
+	_, waits := RetryDelay(err)
+	return waits || CodeOf(err).retryable()
 }
 
 // RetryDelay returns the wait that an error asks for, through [RetryAfter] or [Error.RetryAfter].
@@ -157,21 +168,26 @@ type wireError struct {
 	Permanent    bool     `json:"permanent,omitempty"`
 }
 
-// AppendError appends the JSON form in which an error travels. Only code, message, details, retry delay and the two
-// flags do; the cause stays in this process.
+// AppendError appends the JSON form in which an error, not nil, travels: code, message, details, retry delay (rounded up
+// to a millisecond) and the two flags. The cause stays in this process, and so does the stack of a panic.
 func AppendError(dst []byte, err error) []byte {
 	w := wireError{Code: CodeOf(err).String(), Message: err.Error()}
 	var e *Error
 	if errors.As(err, &e) {
-		w.Details, w.Unprocessed = e.Details, e.Unprocessed
-		if e.Msg != "" {
-			w.Message = e.Msg
+		w.Message, w.Details, w.Unprocessed = e.text(), e.Details, e.Unprocessed
+	}
+	var p *panicked
+	if errors.As(err, &p) && (e == nil || e.Msg == "") {
+		w.Message = p.summary()
+	}
+	d, waits := RetryDelay(err)
+	if waits {
+		w.RetryAfterMs = max(1, d.Milliseconds())
+		if d > time.Duration(w.RetryAfterMs)*time.Millisecond {
+			w.RetryAfterMs++
 		}
 	}
-	if d, ok := RetryDelay(err); ok {
-		w.RetryAfterMs = d.Milliseconds()
-	}
-	w.Permanent = !Retryable(err) && CodeOf(err).retryable()
+	w.Permanent = !Retryable(err) && (waits || CodeOf(err).retryable())
 	b, jsonErr := json.Marshal(w)
 	if jsonErr != nil { // strings, numbers and bytes: cannot happen
 		panic(jsonErr)
@@ -182,16 +198,21 @@ func AppendError(dst []byte, err error) []byte {
 // ParseError reads what [AppendError] wrote. Bytes that are not such an error give an Internal error that says so.
 func ParseError(data []byte) error {
 	var w wireError
-	if err := json.Unmarshal(data, &w); err != nil {
+	err := json.Unmarshal(data, &w)
+	if err == nil && w.Code == "" {
+		err = errors.New("it has no code")
+	}
+	if err != nil {
 		return Errorf(Internal, "the other side reported an error that cannot be read: %w", err)
 	}
 	code, _ := ParseCode(w.Code)
 	if code == OK {
 		code = Unknown
 	}
-	var err error = &Error{
+	const maxMs = math.MaxInt64 / int64(time.Millisecond)
+	err = &Error{
 		Code: code, Msg: w.Message, Details: w.Details, Unprocessed: w.Unprocessed,
-		RetryAfter: time.Duration(w.RetryAfterMs) * time.Millisecond,
+		RetryAfter: time.Duration(min(max(w.RetryAfterMs, 0), maxMs)) * time.Millisecond,
 	}
 	if w.Permanent {
 		err = Permanent(err)

@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -84,14 +85,14 @@ func (m *Message) Extension(name string) string { return m.Extensions.Get(name) 
 
 // SetExtension sets an extension attribute. The value is a bool, an integer of 32 bits, a string, a []byte, a
 // *url.URL or a time.Time, the types of CloudEvents; it is kept in the canonical string form. An empty string removes
-// the attribute. Bad names, bad types and characters that CloudEvents forbids are errors.
+// the attribute. Bad names, bad types and characters that CloudEvents forbids are InvalidArgument.
 func (m *Message) SetExtension(name string, value any) error {
-	if err := checkExtensionName(name); err != nil {
-		return err
+	text, err := "", checkExtensionName(name)
+	if err == nil {
+		text, err = canonical(value)
 	}
-	text, err := canonical(value)
 	if err != nil {
-		return fmt.Errorf("postrider: extension %s: %w", name, err)
+		return &Error{Code: InvalidArgument, Op: "set extension " + strconv.Quote(name), Err: err}
 	}
 	m.setExtension(name, text)
 	return nil
@@ -165,8 +166,8 @@ func (m *Message) Validate() error {
 			return bad(a.name, "%v", err)
 		}
 	}
-	if y := m.Time.Year(); y < 0 || y > 9999 {
-		return bad("time", "must be in the years 0 to 9999 of RFC 3339")
+	if err := checkTime(m.Time); err != nil {
+		return bad("time", "%v", err)
 	}
 	for i, x := range m.Extensions {
 		if err := checkExtensionName(x.Name); err != nil {
@@ -186,16 +187,16 @@ func (m *Message) Validate() error {
 // of the specification's own attributes are taken.
 func checkExtensionName(name string) error {
 	if name == "" {
-		return Errorf(InvalidArgument, "an extension needs a name")
+		return errors.New("an extension needs a name")
 	}
 	for i := range len(name) {
 		if c := name[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') {
-			return Errorf(InvalidArgument, "extension name %q: only lower-case letters a to z and digits are allowed", name)
+			return errors.New("only lower-case letters a to z and digits are allowed in the name")
 		}
 	}
 	switch name {
 	case "id", "source", "specversion", "type", "datacontenttype", "dataschema", "subject", "time", "data":
-		return Errorf(InvalidArgument, "extension name %q belongs to CloudEvents itself: set the field", name)
+		return errors.New("the name belongs to CloudEvents itself: set the field")
 	}
 	return nil
 }
@@ -210,19 +211,30 @@ func canonical(value any) (string, error) {
 	case []byte:
 		return base64.StdEncoding.EncodeToString(v), nil
 	case time.Time:
-		return v.Format(time.RFC3339Nano), nil
+		return v.Format(time.RFC3339Nano), checkTime(v)
 	case *url.URL:
-		return v.String(), nil
+		if v == nil {
+			return "", errors.New("the *url.URL is nil")
+		}
+		return v.String(), checkString(v.String()) // an opaque URL may hold anything
 	case int32:
 		return strconv.Itoa(int(v)), nil
 	case int:
 		if v < math.MinInt32 || v > math.MaxInt32 {
-			return "", Errorf(OutOfRange, "integer %d does not fit the 32 bits of CloudEvents: send it as a string", v)
+			return "", fmt.Errorf("integer %d does not fit the 32 bits of CloudEvents: send it as a string", v)
 		}
 		return strconv.Itoa(v), nil
 	default:
-		return "", Errorf(InvalidArgument, "type %T is none of bool, int, int32, string, []byte, *url.URL, time.Time", value)
+		return "", fmt.Errorf("type %T is none of bool, int, int32, string, []byte, *url.URL, time.Time", value)
 	}
+}
+
+// checkTime refuses what RFC 3339 cannot write.
+func checkTime(t time.Time) error {
+	if y := t.Year(); y < 0 || y > 9999 {
+		return fmt.Errorf("must be in the years 0 to 9999 of RFC 3339, is in %d", y)
+	}
+	return nil
 }
 
 // checkString refuses what CloudEvents 1.0 forbids in a String: control characters, noncharacters, broken UTF-8.
@@ -238,14 +250,14 @@ func checkString(s string) error {
 		return nil
 	}
 	if !utf8.ValidString(s) {
-		return Errorf(InvalidArgument, "is not valid UTF-8")
+		return errors.New("is not valid UTF-8")
 	}
 	for _, r := range s {
 		if r < 0x20 || (r >= 0x7f && r <= 0x9f) {
-			return Errorf(InvalidArgument, "holds the control character %U", r)
+			return fmt.Errorf("holds the control character %U", r)
 		}
 		if r&0xfffe == 0xfffe || (r >= 0xfdd0 && r <= 0xfdef) {
-			return Errorf(InvalidArgument, "holds the noncharacter %U", r)
+			return fmt.Errorf("holds the noncharacter %U", r)
 		}
 	}
 	return nil

@@ -1,6 +1,9 @@
 package postrider
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // RetryPolicy says how often and how fast something is tried again. The delay before attempt n+1 is drawn between zero
 // and min(Max, Initial x Multiplier^(n-1)) (full jitter: Brooker, "Exponential Backoff And Jitter", 2015). The zero
@@ -43,7 +46,7 @@ func (p RetryPolicy) Validate() error {
 		return Errorf(InvalidArgument, "RetryPolicy.Initial is %v: want a positive duration", p.Initial)
 	case d.Max < d.Initial:
 		return Errorf(InvalidArgument, "RetryPolicy.Max is %v: want at least Initial, %v", p.Max, d.Initial)
-	case d.Multiplier < 1:
+	case d.Multiplier < 1 || math.IsNaN(d.Multiplier):
 		return Errorf(InvalidArgument, "RetryPolicy.Multiplier is %v: want at least 1", p.Multiplier)
 	default:
 		return nil

@@ -44,9 +44,9 @@ func (s Set) For(contentType string) (Codec, error) {
 			return c, nil
 		}
 	}
-	if _, suffix, ok := strings.Cut(media, "+"); ok {
+	if plus := strings.LastIndexByte(media, '+'); plus >= 0 { // RFC 6839: what follows the last "+" is the suffix
 		for _, c := range s {
-			if c.ContentType() == "application/"+suffix {
+			if c.ContentType() == "application/"+media[plus+1:] {
 				return c, nil
 			}
 		}
