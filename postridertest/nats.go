@@ -29,7 +29,7 @@ type NATSServer struct {
 // NewNATS starts a nats-server with JetStream and sync_interval: always, on a port of 127.0.0.1. It ends with the test.
 func NewNATS(t testing.TB) *NATSServer {
 	t.Helper()
-	srv, err := devstack.StartNATS(t.Context(), devstack.NATSConfig{})
+	srv, err := devstack.StartNATS(t.Context(), devstack.NATSConfig{InMemory: true})
 	if err != nil {
 		t.Fatal(err)
 	}

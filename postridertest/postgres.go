@@ -56,7 +56,7 @@ type PostgresServer struct {
 // better served by [Postgres]. It ends with the test. Fsync is off, which no crash of the server itself can tell.
 func NewPostgres(t testing.TB) *PostgresServer {
 	t.Helper()
-	srv, err := devstack.StartPostgres(t.Context(), devstack.PostgresConfig{Private: true, NoSync: true})
+	srv, err := devstack.StartPostgres(t.Context(), devstack.PostgresConfig{Private: true, InMemory: true})
 	if err != nil {
 		missing(t, err)
 	}
@@ -154,7 +154,7 @@ func (s *sharedPostgres) start() (*devstack.Postgres, error) {
 		// Not the test's context: the server outlives the test that happens to be first.
 		ctx, cancel := context.WithTimeout(context.Background(), startLimit)
 		defer cancel()
-		s.server, s.err = devstack.StartPostgres(ctx, devstack.PostgresConfig{NoSync: true})
+		s.server, s.err = devstack.StartPostgres(ctx, devstack.PostgresConfig{InMemory: true})
 	}
 	return s.server, s.err
 }

@@ -66,25 +66,33 @@ func (a *account) mkdir(path string) error {
 	return a.own(path)
 }
 
-// mkdirTemp makes a temporary folder for the account alone. Where another account than ours is to use it, the folders above
+// mkdirTemp makes a temporary folder for the account alone, in memory if so wished and possible. Where another account than ours is to use it, the folders above
 // must let it in and let it remove its own, as /tmp does and the TMPDIR of a root user may not.
-func (a *account) mkdirTemp(pattern string) (string, error) {
-	bases := []string{os.TempDir()}
+func (a *account) mkdirTemp(pattern string, inMemory bool) (string, error) {
+	var bases []string
+	if inMemory {
+		bases = memoryFolder()
+	}
+	bases = append(bases, os.TempDir())
 	if a != nil {
 		bases = append(bases, "/tmp", "/var/tmp")
 	}
+	var last error
 	for _, base := range bases {
 		info, err := os.Stat(base)
-		if a != nil && (err != nil || info.Mode().Perm()&0o003 != 0o003 || !a.reaches(filepath.Join(base, pattern))) {
-			continue
+		if err == nil && a != nil && (info.Mode().Perm()&0o003 != 0o003 || !a.reaches(filepath.Join(base, pattern))) {
+			err = fmt.Errorf("user %s, who runs PostgreSQL since we are root, may not write to %s", a.name, base)
 		}
-		dir, err := os.MkdirTemp(base, pattern)
-		if err != nil {
-			return "", err
+		var dir string
+		if err == nil {
+			dir, err = os.MkdirTemp(base, pattern)
 		}
-		return dir, a.own(dir)
+		if err == nil {
+			return dir, a.own(dir)
+		}
+		last = err
 	}
-	return "", fmt.Errorf("no temporary folder that user %s may write to: looked at %q", a.name, bases)
+	return "", last
 }
 
 // reaches reports whether the account may enter every folder above path.

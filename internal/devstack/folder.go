@@ -35,12 +35,13 @@ n=0
 while [ "$2" = remove ] && [ -e "$1" ] && [ $n -lt 50 ]; do rm -rf "$1" && break; n=$((n+1)); sleep 0.1; done
 `
 
-// newFolder makes and guards the folder at path, or a temporary one if path is empty. It belongs to owner, nil meaning us.
-func newFolder(path, pattern string, owner *account) (*folder, error) {
+// newFolder makes and guards the folder at path, or if path is empty a temporary one named after pattern, in memory where that
+// is wished and possible. It belongs to owner, nil meaning us.
+func newFolder(path, pattern string, inMemory bool, owner *account) (*folder, error) {
 	f := &folder{path: path, temp: path == ""}
 	var err error
 	if f.temp {
-		f.path, err = owner.mkdirTemp(pattern)
+		f.path, err = owner.mkdirTemp(pattern, inMemory)
 	} else if f.path, err = filepath.Abs(path); err == nil {
 		err = owner.mkdir(f.path)
 	}

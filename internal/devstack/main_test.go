@@ -11,8 +11,11 @@ import (
 	"go.uber.org/goleak"
 )
 
-// childEnv makes the test binary the process that is killed: it starts a stack, tells about it, and waits.
+// childEnv makes the test binary the process that is killed: it starts a stack, tells about it, and waits. Its value says where
+// the cluster is to be kept, or is "temporary".
 const childEnv = "POSTRIDER_DEVSTACK_CHILD"
+
+const temporary = "temporary"
 
 // childReport is what the child tells: where its servers are.
 type childReport struct {
@@ -31,7 +34,11 @@ func TestMain(m *testing.M) {
 
 func child() {
 	fmt.Println("starting")
-	stack, err := Start(context.Background(), Config{Postgres: PostgresConfig{Private: true}})
+	cfg := PostgresConfig{Private: true}
+	if dir := os.Getenv(childEnv); dir != temporary {
+		cfg.Dir = dir
+	}
+	stack, err := Start(context.Background(), Config{Postgres: cfg})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

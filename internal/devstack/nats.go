@@ -27,6 +27,10 @@ type NATSConfig struct {
 	// acknowledged in that time. Default: always, each message is synced before its acknowledgement.
 	SyncDefault bool
 
+	// InMemory puts a temporary store into memory where the system offers that with 2 GiB to spare. For tests: they create
+	// many streams, and the server syncs as it is told all the same.
+	InMemory bool
+
 	// Options, if not nil, changes the server's options last: limits, accounts, TLS, a cluster.
 	Options func(*server.Options)
 }
@@ -53,7 +57,7 @@ func StartNATS(ctx context.Context, cfg NATSConfig) (*NATS, error) {
 	if cfg.URL != "" {
 		return existingNATS(ctx, cfg.URL)
 	}
-	dir, err := newFolder(cfg.StoreDir, "postrider-nats-", nil)
+	dir, err := newFolder(cfg.StoreDir, "postrider-nats-", cfg.InMemory, nil)
 	if err != nil {
 		return nil, fmt.Errorf("devstack: nats store: %w", err)
 	}

@@ -1,9 +1,11 @@
 package devstack
 
 import (
+	"context"
 	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -96,7 +98,9 @@ func TestNATSGivenByURL(t *testing.T) {
 	if err := running.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := StartNATS(t.Context(), NATSConfig{URL: running.URL}); err == nil {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := StartNATS(ctx, NATSConfig{URL: running.URL}); err == nil {
 		t.Error("no error for a server that is down")
 	}
 }

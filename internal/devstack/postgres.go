@@ -35,8 +35,9 @@ type PostgresConfig struct {
 	// Port to listen on, at 127.0.0.1. Default: a free one.
 	Port int
 
-	// NoSync switches fsync off: faster, and a crash of the machine (not of PostgreSQL) may destroy the cluster.
-	NoSync bool
+	// InMemory switches fsync off and puts a temporary cluster into memory where the system offers that with 2 GiB to spare.
+	// For tests: it survives a crash of PostgreSQL, not one of the machine.
+	InMemory bool
 
 	// Settings are more server settings, such as "wal_level": "logical".
 	Settings map[string]string
@@ -87,7 +88,7 @@ func StartPostgres(ctx context.Context, cfg PostgresConfig) (*Postgres, error) {
 	if err != nil {
 		return nil, noPostgres(err)
 	}
-	dir, err := newFolder(cfg.Dir, "postrider-postgres-", account)
+	dir, err := newFolder(cfg.Dir, "postrider-postgres-", cfg.InMemory, account)
 	if err != nil {
 		return nil, fmt.Errorf("devstack: postgres cluster: %w", err)
 	}

@@ -77,8 +77,9 @@ func (p *Postgres) launch() error {
 		"unix_socket_directories": "", // their paths must be short, and TCP is enough
 		"max_connections":         "200",
 	}
-	if p.cfg.NoSync {
+	if p.cfg.InMemory {
 		settings["fsync"], settings["full_page_writes"] = "off", "off"
+		settings["max_wal_size"] = "256MB"
 	}
 	for name, value := range p.cfg.Settings {
 		settings[name] = value

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"archive/zip"
 	"bytes"
+	"context"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -52,11 +54,11 @@ func TestPostgresRestart(t *testing.T) {
 func TestPostgresDir(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	cfg := PostgresConfig{Private: true, NoSync: true, Dir: filepath.Join(sharedDir(t), "pg")}
+	cfg := PostgresConfig{Private: true, InMemory: true, Dir: filepath.Join(sharedDir(t), "pg")}
 	first := startPostgres(t, cfg)
 	conn := connect(t, first.URL)
 	if got := setting(t, conn, "fsync"); got != "off" {
-		t.Errorf("fsync = %s with NoSync, want off", got)
+		t.Errorf("fsync = %s with InMemory, want off", got)
 	}
 	if _, err := conn.Exec(ctx, `create table kept ()`); err != nil {
 		t.Fatal(err)
@@ -72,7 +74,7 @@ func TestPostgresDir(t *testing.T) {
 // Anybody on the machine can connect to 127.0.0.1, so nobody may get in without the password.
 func TestPostgresAsksForPassword(t *testing.T) {
 	t.Parallel()
-	pg := startPostgres(t, PostgresConfig{Private: true, NoSync: true})
+	pg := startPostgres(t, PostgresConfig{Private: true, InMemory: true})
 	for _, url := range []string{
 		strings.Replace(pg.URL, pg.secret, "wrong", 1),
 		strings.Replace(pg.URL, ":"+pg.secret, "", 1),
@@ -97,7 +99,9 @@ func TestPostgresDown(t *testing.T) { // not parallel: it sets the environment
 	host := l.Listener.Addr().String()
 	l.Close()
 	t.Setenv(PostgresURLEnv, "postgres://me:sesame@"+host+"/db")
-	_, err := StartPostgres(t.Context(), PostgresConfig{})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, err := StartPostgres(ctx, PostgresConfig{})
 	if err == nil {
 		t.Fatal("no error from a server that is down")
 	}
@@ -111,14 +115,15 @@ func TestPostgresDown(t *testing.T) { // not parallel: it sets the environment
 	}
 }
 
-func TestNoPostgres(t *testing.T) {
-	t.Parallel()
+func TestNoPostgres(t *testing.T) { // not parallel: it sets the environment
+	cache := sharedDir(t)
+	t.Setenv("TMPDIR", t.TempDir()) // the library leaves a log there
 	repository := httptest.NewServer(http.NotFoundHandler())
 	defer repository.Close()
 	_, err := StartPostgres(t.Context(), PostgresConfig{Private: true, binaries: binaries{
 		folders:    func() []string { return []string{t.TempDir()} },
 		repository: repository.URL,
-		cache:      sharedDir(t),
+		cache:      cache,
 	}})
 	if err == nil {
 		t.Fatal("no error without PostgreSQL")
@@ -131,14 +136,15 @@ func TestNoPostgres(t *testing.T) {
 }
 
 // The download is the real one but for the archive: its programs hand over to the ones that are installed.
-func TestDownload(t *testing.T) {
-	t.Parallel()
+func TestDownload(t *testing.T) { // not parallel: it sets the environment
 	folders := installedFolders()
 	i := slices.IndexFunc(folders, hasPostgres)
 	if i < 0 {
 		t.Skip("needs an installed PostgreSQL to stand in for the downloaded one")
 	}
 	archive := jar(t, folders[i])
+	cache := sharedDir(t)
+	t.Setenv("TMPDIR", t.TempDir()) // the library leaves a log there
 	requests := make(chan string, 100)
 	repository := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		requests <- r.URL.Path
@@ -149,10 +155,10 @@ func TestDownload(t *testing.T) {
 		_, _ = w.Write(archive)
 	}))
 	defer repository.Close()
-	cfg := PostgresConfig{Private: true, NoSync: true, binaries: binaries{
+	cfg := PostgresConfig{Private: true, InMemory: true, binaries: binaries{
 		folders:    func() []string { return nil },
 		repository: repository.URL,
-		cache:      sharedDir(t),
+		cache:      cache,
 	}}
 
 	connect(t, startPostgres(t, cfg).URL)

@@ -1,0 +1,5 @@
+//go:build !linux
+
+package devstack
+
+func memoryFolder() []string { return nil }
