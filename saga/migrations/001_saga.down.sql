@@ -1,0 +1,2 @@
+drop table :"schema".postrider_saga_history;
+drop table :"schema".postrider_saga;
