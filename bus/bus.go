@@ -114,6 +114,7 @@ type Bus struct {
 	mu      sync.Mutex
 	subs    []*subscription
 	running bool
+	started chan struct{}
 
 	stats counters
 }
@@ -141,7 +142,7 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 	if err != nil {
 		return nil, fromNATS("bus: new", err)
 	}
-	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus")}
+	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus"), started: make(chan struct{})}
 	b.pub = newPublisher(nc, js)
 	return b, nil
 }
@@ -153,6 +154,10 @@ func (b *Bus) Stats() Stats {
 		Retried: b.stats.retried.Load(), DeadLettered: b.stats.deadLettered.Load(),
 	}
 }
+
+// Started returns a channel that is closed once [Bus.Run] has streams and consumers in place: what is published from then
+// on is not missed by a new group.
+func (b *Bus) Started() <-chan struct{} { return b.started }
 
 // Run declares the streams, starts the subscriptions and blocks. When ctx ends it takes no new messages, gives back at
 // once those that were fetched and not started, waits for running handlers, and returns nil. Publishing goes on to work
@@ -183,6 +188,7 @@ func (b *Bus) Run(ctx context.Context) error {
 			return nil
 		}
 	}
+	close(b.started)
 	errs := make([]error, len(subs))
 	var wg sync.WaitGroup
 	for i, s := range subs {

@@ -45,8 +45,8 @@ func TestSubscribeHandlesEachMessageInEachGroup(t *testing.T) {
 			}
 		}
 		run(t, b)
+		<-b.Started()
 	}
-	ready(t, nc, "NOTES", "mailer-notes_written_v1", "billing-notes_written_v1")
 	b := newBus(t, nc)
 	for i := range messages {
 		if err := noted.Publish(t.Context(), b, &note{N: i}); err != nil {
@@ -220,7 +220,7 @@ func TestRawHandlerTakesAnything(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, b)
-	ready(t, nc, "NOTES", "tester-notes_raw")
+	<-b.Started()
 	if err := nc.Publish("notes.raw", []byte("hello")); err != nil {
 		t.Fatal(err)
 	}
@@ -239,7 +239,7 @@ func TestReadsWhatTheGoSDKWrites(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, b)
-	ready(t, nc, "NOTES", durable)
+	<-b.Started()
 	msg := nats.NewMsg("notes.written.v1") // the SDK does not encode values
 	for k, v := range map[string]string{
 		"ce-specversion": "1.0", "ce-id": "x", "ce-source": "//sdk", "ce-type": "t", "ce-city": "zażółć gęślą 100%",
@@ -509,7 +509,7 @@ func TestSubscribeErrors(t *testing.T) {
 		}
 	}
 	stop := run(t, b)
-	ready(t, nc, "NOTES", durable)
+	<-b.Started()
 	if err := b.Subscribe(h, bus.Group("late")); !errors.Is(err, postrider.FailedPrecondition) {
 		t.Errorf("after Run: %v", err)
 	}

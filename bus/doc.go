@@ -16,8 +16,8 @@
 //
 // A nats-server that syncs every message (sync_interval: always, the only setting under which an acknowledged message
 // outlives a power cut) spends one disk sync on each publish, whatever the concurrency. An atomic batch is synced once.
-// So Publish commits in groups: what is waiting for a stream goes out as one atomic batch of up to 1000 messages, two
-// groups on their way at a time; there is no timer, and a lone message goes alone at once. A batch that the server
+// So Publish commits in groups: what is waiting for a stream goes out as one atomic batch of up to 1000 messages, while
+// the group before it is on its way; there is no timer, and a lone message goes alone at once. A batch that the server
 // refuses is sent again one by one, so that each caller has its own result. This is the group commit of databases
 // (DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984) with the client as the log's
 // writer.

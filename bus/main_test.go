@@ -58,21 +58,6 @@ func run(t testing.TB, parts ...postrider.Runner) (stop func() error) {
 	return stop
 }
 
-// ready waits until the durable consumers of a group exist, so that nothing published from now on passes it by.
-func ready(t testing.TB, nc *nats.Conn, stream string, durables ...string) {
-	t.Helper()
-	for _, d := range durables {
-		postridertest.Eventually(t, func() error {
-			js, err := nc.JetStream()
-			if err != nil {
-				return err
-			}
-			_, err = js.ConsumerInfo(stream, d)
-			return err
-		})
-	}
-}
-
 // seen collects what handlers got.
 type seen struct {
 	mu   sync.Mutex

@@ -17,12 +17,12 @@ import (
 )
 
 // How the publisher groups. An atomic batch is synced to disk once, before its acknowledgement, but is staged in a file
-// of its own first: below four messages single publishes are as fast. The server takes at most 1000 messages a batch.
+// of its own first, which costs about as much as a dozen syncs: smaller groups go out as single publishes, all at once.
+// The server takes at most 1000 messages a batch.
 const (
 	maxGroup      = 1000
 	maxGroupBytes = 8 << 20
-	minBatch      = 4
-	maxInFlight   = 2 // groups per stream: one is written while the server syncs the other
+	minBatch      = 12
 )
 
 // headers that the bus adds to a message of an atomic batch (nats-architecture-and-design: ADR-50).
@@ -79,9 +79,9 @@ type lane struct {
 	pub    *publisher
 	atomic bool
 
-	mu       sync.Mutex
-	queue    []*entry
-	inFlight int
+	mu    sync.Mutex
+	queue []*entry
+	busy  bool // a group is on its way. One at a time: two would halve the groups and keep no order
 }
 
 // publish sends entries and returns when each has its result in err. Entries of one stream keep their order: the next
@@ -142,13 +142,10 @@ func (l *lane) publishChunk(ctx context.Context, chunk []*entry) error {
 	}
 	l.mu.Lock()
 	l.queue = append(l.queue, chunk...)
-	lead := l.inFlight < maxInFlight
-	if lead {
-		l.inFlight++
-	}
+	lead := !l.busy
+	l.busy = true
 	l.mu.Unlock()
 	if lead {
-		runtime.Gosched() // callers that are ready join the group
 		l.work()
 	}
 	// Whatever happens to ctx, each group ends within ackTimeout, and its outcome is worth knowing. Waiting for it keeps
@@ -164,14 +161,13 @@ func (l *lane) publishChunk(ctx context.Context, chunk []*entry) error {
 
 // work sends one group, then hands over to a goroutine if more is waiting.
 func (l *lane) work() {
+	runtime.Gosched() // callers that are ready join the group, those of the group before it above all
 	if group := l.take(); len(group) > 0 {
 		l.send(group)
 	}
 	l.mu.Lock()
-	more := len(l.queue) > 0
-	if !more {
-		l.inFlight--
-	}
+	l.busy = len(l.queue) > 0
+	more := l.busy
 	l.mu.Unlock()
 	if more {
 		go l.work()

@@ -1,0 +1,59 @@
+package bus_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/internal/devstack"
+)
+
+// Order is what the example's event carries.
+type Order struct {
+	ID       string `json:"id"`
+	Customer string `json:"customer"`
+}
+
+var OrderPlaced = postrider.NewTopic[Order]("orders.placed.v1",
+	postrider.KeyBy(func(o *Order) string { return o.Customer }))
+
+func Example() {
+	ctx, cancel := context.WithCancel(context.Background())
+	stack, err := devstack.StartNATS(ctx, devstack.NATSConfig{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer stack.Close()
+	nc, err := nats.Connect(stack.URL)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer nc.Close()
+
+	b, err := bus.New(nc, bus.Config{
+		Source:  "//shop/orders",
+		Streams: []bus.Stream{{Name: "ORDERS", Topics: []string{"orders.>"}}},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = b.Subscribe(OrderPlaced.Handler(func(_ context.Context, e postrider.Event[Order]) error {
+		fmt.Println("mail to", e.Value.Customer, "about order", e.Value.ID)
+		cancel() // the example is over: drain
+		return nil
+	}), bus.Group("mailer"), bus.From(bus.DeliverAll))
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := OrderPlaced.Publish(ctx, b, &Order{ID: "o-17", Customer: "Åse"}); err != nil {
+		log.Fatal(err)
+	}
+	if err := postrider.Run(ctx, b); err != nil {
+		log.Fatal(err)
+	}
+	// Output: mail to Åse about order o-17
+}
