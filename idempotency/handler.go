@@ -1,0 +1,80 @@
+package idempotency
+
+import (
+	"context"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/postrider/postrider"
+)
+
+// Handler makes a handler of fn whose effect happens once per message. What fn writes through tx commits with the row
+// that says so; a duplicate is acknowledged without running fn. When fn returns an error or panics everything is rolled
+// back, so that a redelivery runs again. consumer names the effect, "billing": two consumers of a topic each handle a
+// message once. It is written down with each message, so it must not change. fn must not end tx, and must be safe for
+// concurrent use.
+//
+// Errors beside those of fn: Aborted, to be retried later, while another copy is being handled; OutOfRange when the
+// message is older than [Config.Window] or more than a day ahead of the database's clock; InvalidArgument when it has no
+// id; Unavailable when the database cannot be reached or the connection broke in COMMIT. Handler panics if consumer is
+// empty.
+func Handler[T any](
+	s *Store, consumer string, t *postrider.Topic[T],
+	fn func(ctx context.Context, tx pgx.Tx, e postrider.Event[T]) error,
+) postrider.Handler {
+	if consumer == "" {
+		panic("idempotency: Handler of " + t.Name() + ": the consumer needs a name")
+	}
+	return t.Handler(func(ctx context.Context, e postrider.Event[T]) error {
+		return s.once(ctx, consumer, e.Message, func(tx pgx.Tx) error { return fn(ctx, tx, e) })
+	})
+}
+
+// once runs effect unless consumer has handled m.
+func (s *Store) once(ctx context.Context, consumer string, m *postrider.Message, effect func(pgx.Tx) error) error {
+	op := "idempotency: " + consumer + ": handle " + m.Type + " " + m.ID
+	if m.ID == "" {
+		return &postrider.Error{Code: postrider.InvalidArgument, Op: op, Msg: "the message has no id to know it by"}
+	}
+	if !validTime(m.Time) {
+		return s.outOfRange(op, "its time, %v, cannot be right: mend the sender's clock", m.Time)
+	}
+	fresh := false
+	claim := func(b *pgx.Batch) {
+		b.Queue(s.sql.claim, inboxKey(consumer, m)).Exec(func(tag pgconn.CommandTag) error {
+			fresh = tag.RowsAffected() == 1
+			return nil
+		})
+	}
+	t, err := s.begin(ctx, claim)
+	if sqlState(err) == checkViolation { // the first message of its day
+		if err := s.createPartition(ctx, op, m.Time); err != nil {
+			return err
+		}
+		t, err = s.begin(ctx, claim)
+	}
+	if err != nil {
+		return s.beginError(ctx, op, err)
+	}
+	defer s.end(ctx, t)
+	if !fresh {
+		s.duplicates.Add(1)
+		return nil
+	}
+	if err := effect(t); err != nil {
+		return err
+	}
+	if err := s.commit(ctx, t, nil); err != nil {
+		return commitError(ctx, op, err)
+	}
+	return nil
+}
+
+// outOfRange makes the error of a message that is too old or too new to be known. No repetition mends it.
+func (s *Store) outOfRange(op, format string, args ...any) error {
+	s.expired.Add(1)
+	e := postrider.Errorf(postrider.OutOfRange, format, args...)
+	e.Op = op
+	return e
+}

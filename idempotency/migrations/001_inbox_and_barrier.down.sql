@@ -1,0 +1,3 @@
+drop table :"schema".postrider_barrier;
+drop table :"schema".postrider_inbox_state;
+drop table :"schema".postrider_inbox;
