@@ -43,6 +43,9 @@ func Attributes(opts ...postrider.PublishOption) CallOption {
 	return func(o *callOptions) error { o.attributes = append(o.attributes, opts...); return nil }
 }
 
+// opCall begins the Op of every error of [Call].
+const opCall = "call "
+
 // Call calls a method and returns its response. It ends with one outcome, at most 5 ms after the deadline, which is the
 // earlier one of the time-out and the deadline of ctx. The deadline travels with the request.
 //
@@ -57,17 +60,11 @@ func Call[Req, Res any](
 	ctx context.Context, c *Client, m *postrider.Method[Req, Res], req *Req, opts ...CallOption,
 ) (*Res, error) {
 	res, err := call(ctx, c, m, req, opts)
-	if err != nil {
-		var e *postrider.Error
-		if !errors.As(err, &e) {
-			return nil, &postrider.Error{Code: postrider.CodeOf(err), Op: "call " + m.Name(), Unprocessed: true, Err: err}
-		}
-		if e.Op == "" {
-			e.Op = "call " + m.Name()
-		}
-		return nil, err
+	var e *postrider.Error
+	if errors.As(err, &e) && e.Op == "" {
+		e.Op = opCall + m.Name()
 	}
-	return res, nil
+	return res, err
 }
 
 func call[Req, Res any](
@@ -76,52 +73,66 @@ func call[Req, Res any](
 	o := callOptions{timeout: c.cfg.Timeout}
 	for _, opt := range opts {
 		if err := opt(&o); err != nil {
-			return nil, err
+			return nil, unsent(err)
 		}
 	}
 	msg, err := m.Request(ctx, req, o.attributes...)
 	if err != nil {
-		return nil, err
+		return nil, unsent(err)
 	}
 	if msg.Source == "" {
 		msg.Source = c.cfg.Source
 	}
 	if err := msg.Validate(); err != nil {
-		return nil, err
+		return nil, unsent(err)
 	}
 	expires := time.Now().Add(o.timeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(expires) {
 		expires = d
 	}
-	event, err := c.roundTrip(ctx, subjectOf(c.cfg.Prefix, m.Name()), msg, expires, o.wait)
-	if err != nil {
-		return nil, err
+	event, failed := c.roundTrip(ctx, subjectOf(c.cfg.Prefix, m.Name()), msg, expires, o.wait)
+	if failed != nil {
+		return nil, failed
 	}
 	reply := new(postrider.Message)
 	if err := envelope.ParseProto(event, reply); err != nil {
 		return nil, unreadable(err)
 	}
 	res, err := m.Response(reply)
-	if err != nil && reply.Extension(postrider.ExtErrorCode) == "" {
-		return nil, unreadable(err)
+	if err != nil {
+		if reply.Extension(postrider.ExtErrorCode) == "" {
+			err = unreadable(err)
+		}
+		return nil, err
 	}
-	return res, err
+	return res, nil
+}
+
+// unsent says of an error that came before the request was sent that the call did not run.
+func unsent(err error) error {
+	var e *postrider.Error
+	if !errors.As(err, &e) {
+		return &postrider.Error{Code: postrider.InvalidArgument, Unprocessed: true, Err: err}
+	}
+	before := *e // it may be the user's, from an option
+	before.Unprocessed = true
+	return &before
 }
 
 func unreadable(err error) error {
 	return postrider.Permanent(&postrider.Error{
-		Code: postrider.Internal, Err: err, Msg: "the response cannot be read: " + err.Error() + "; the call ran",
+		Code: postrider.Internal, Err: err, Msg: "the call ran, but its response cannot be read: " + err.Error(),
 	})
 }
 
-// readyPolicy paces a call that waits for somebody to serve it.
+// readyInitial and readyMax bound the waits of a call that waits for somebody to serve it.
 const (
 	readyInitial = 10 * time.Millisecond
 	readyMax     = 250 * time.Millisecond
 )
 
 // roundTrip sends the request until it has an outcome: once, or with wait again while it met nobody.
-func (c *Client) roundTrip(ctx context.Context, subject string, msg *postrider.Message, expires time.Time, wait bool) ([]byte, error) {
+func (c *Client) roundTrip(ctx context.Context, subject string, msg *postrider.Message, expires time.Time, wait bool) ([]byte, *postrider.Error) {
 	for attempt := 1; ; attempt++ {
 		event, err := c.send(ctx, subject, msg, expires)
 		if err == nil {

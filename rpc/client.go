@@ -136,7 +136,6 @@ func (c *Client) watch() {
 			c.pending.close(notConnected(c.nc), connectionLost())
 		}
 	}
-	c.pending.close(notConnected(c.nc), connectionLost())
 }
 
 func notConnected(nc *nats.Conn) *postrider.Error {

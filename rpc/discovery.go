@@ -34,6 +34,9 @@ func (s *stats) record(took time.Duration, err error) {
 	}
 }
 
+// discoverySubjects is how many subjects a service listens to for discovery: three verbs to all, by name, by name and id.
+const discoverySubjects = 3 * 3
+
 // announce answers discovery requests of the NATS micro protocol (nats-architecture-and-design: ADR-32), so that
 // "nats service ls" sees each service of this server as one.
 func (s *Server) announce(subs *subscriptions) error {

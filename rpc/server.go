@@ -211,7 +211,7 @@ const flushTimeout = 5 * time.Second
 
 // subscribe subscribes to methods and discovery. What it returns must be drained also when it fails.
 func (s *Server) subscribe(ctx context.Context, p *pool) (*subscriptions, error) {
-	subs := &subscriptions{}
+	subs := &subscriptions{closed: make(chan struct{}, len(s.methods)*(1+discoverySubjects))}
 	for _, m := range s.methods {
 		err := subs.add(s.nc.QueueSubscribe(m.subject, s.cfg.Queue, func(msg *nats.Msg) { s.receive(p, m, msg) }))
 		if err != nil {
@@ -241,31 +241,36 @@ func (s *Server) subscribe(ctx context.Context, p *pool) (*subscriptions, error)
 // subscriptions are drained together.
 type subscriptions struct {
 	subs   []*nats.Subscription
-	closed sync.WaitGroup
+	closed chan struct{} // one for each subscription that has handed over all it got
 }
 
 func (s *subscriptions) add(sub *nats.Subscription, err error) error {
 	if err != nil {
 		return err
 	}
-	s.closed.Add(1)
-	sub.SetClosedHandler(func(string) { s.closed.Done() })
+	sub.SetClosedHandler(func(string) { s.closed <- struct{}{} })
 	s.subs = append(s.subs, sub)
 	return nil
 }
 
 // drain takes no new messages and waits until those that arrived have been handed over, or ctx ends.
 func (s *subscriptions) drain(ctx context.Context) {
+	draining := 0
 	for _, sub := range s.subs {
-		_ = sub.Drain() // fails only when the connection is closed, and then the subscription is closed too
-	}
-	stop := context.AfterFunc(ctx, func() {
-		for _, sub := range s.subs {
-			_ = sub.Unsubscribe()
+		if sub.Drain() == nil { // else the connection is closed, and the subscription with it
+			draining++
 		}
-	})
-	defer stop()
-	s.closed.Wait()
+	}
+	for range draining {
+		select {
+		case <-s.closed:
+		case <-ctx.Done():
+			for _, sub := range s.subs {
+				_ = sub.Unsubscribe()
+			}
+			return
+		}
+	}
 }
 
 // receive takes a request and admits it or refuses it. It runs on the goroutine of the subscription and does not block.
@@ -305,12 +310,24 @@ func (s *Server) handle(ctx context.Context, c *inbound) {
 	reply, err := c.method.handler.Handle(ctx, c.request)
 	c.method.stats.record(time.Since(start), err)
 	if err != nil {
+		err = notOurs(err)
 		if postrider.CodeOf(err) == postrider.Internal {
 			s.cfg.Logger.Error("rpc: handler failed", "method", c.method.handler.Name(), "id", c.request.ID, "error", err)
 		}
 		reply = errorReply(c, err)
 	}
 	s.reply(c, reply)
+}
+
+// notOurs takes Unprocessed from an error that the handler got from a call of its own: that call did not run, this one did.
+func notOurs(err error) error {
+	var e *postrider.Error
+	if errors.As(err, &e) && e.Unprocessed && strings.HasPrefix(e.Op, opCall) {
+		ran := *e
+		ran.Unprocessed, ran.Err = false, err
+		return &ran
+	}
+	return err
 }
 
 // late returns why an admitted call is not run after all.
