@@ -2,8 +2,10 @@ package postrider
 
 import "context"
 
-type messageKey struct{}
-type traceKey struct{}
+type (
+	messageKey struct{}
+	traceKey   struct{}
+)
 
 // ContextWithMessage returns a context in which m is the message being handled. Transports call it before a handler;
 // what the handler publishes, calls or sends then carries m's correlation id, m's id as its causation id, and m's

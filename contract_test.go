@@ -107,7 +107,9 @@ func TestPublishOptions(t *testing.T) {
 		t.Fatalf("published %d, %v", len(out), err)
 	}
 	want := postrider.Extensions{
-		{Name: "idempotencykey", Value: "k"}, {Name: "n", Value: "7"}, {Name: "partitionkey", Value: "mine"},
+		{Name: "idempotencykey", Value: "k"},
+		{Name: "n", Value: "7"},
+		{Name: "partitionkey", Value: "mine"},
 		{Name: "replyto", Value: "replies"},
 	}
 	if m := out[0]; m.ID != "m-1" || fmt.Sprint(m.Extensions) != fmt.Sprint(want) {

@@ -137,8 +137,7 @@ func Retryable(err error) bool {
 	if err == nil {
 		return false
 	}
-	var s *steering
-	if errors.As(err, &s) {
+	if s, ok := errors.AsType[*steering](err); ok {
 		return !s.permanent
 	}
 	_, waits := RetryDelay(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
+	"slices"
 )
 
 // HandlerFunc handles one message and returns the reply to it, nil for an event.
@@ -48,8 +49,8 @@ func (h Handler) IsRaw() bool { return h.raw }
 
 // With returns the handler wrapped in middleware; the first given is the outermost.
 func (h Handler) With(mw ...Middleware) Handler {
-	for i := len(mw) - 1; i >= 0; i-- {
-		h.fn = protect(h.name, mw[i](h.fn))
+	for _, m := range slices.Backward(mw) {
+		h.fn = protect(h.name, m(h.fn))
 	}
 	return h
 }

@@ -159,8 +159,12 @@ func (m *Message) Validate() error {
 		}
 	}
 	for _, a := range [...]struct{ name, value string }{
-		{"id", m.ID}, {"source", m.Source}, {"type", m.Type}, {"subject", m.Subject},
-		{"datacontenttype", m.ContentType}, {"dataschema", m.DataSchema},
+		{"id", m.ID},
+		{"source", m.Source},
+		{"type", m.Type},
+		{"subject", m.Subject},
+		{"datacontenttype", m.ContentType},
+		{"dataschema", m.DataSchema},
 	} {
 		if err := checkString(a.value); err != nil {
 			return bad(a.name, "%v", err)

@@ -1,6 +1,7 @@
 package codec
 
 import (
+	"errors"
 	"fmt"
 	"mime"
 	"strings"
@@ -30,7 +31,7 @@ func Standard() Set { return Set{JSON, Bytes, Text} }
 // codec, as CloudEvents lets a format imply it. The error names what was offered and what is known.
 func (s Set) For(contentType string) (Codec, error) {
 	if len(s) == 0 {
-		return nil, fmt.Errorf("codec: the set is empty: give the contract at least one codec")
+		return nil, errors.New("codec: the set is empty: give the contract at least one codec")
 	}
 	if contentType == "" || contentType == s[0].ContentType() {
 		return s[0], nil

@@ -72,8 +72,12 @@ func TestBytesAndText(t *testing.T) {
 		into  any
 		want  string
 	}{
-		{codec.Bytes, raw, new([]byte), "\x00\xff"}, {codec.Bytes, &raw, new([]byte), "\x00\xff"}, {codec.Bytes, []byte{}, new([]byte), ""},
-		{codec.Text, text, new(string), text}, {codec.Text, &text, new(string), text}, {codec.Text, "", new(string), ""},
+		{codec.Bytes, raw, new([]byte), "\x00\xff"},
+		{codec.Bytes, &raw, new([]byte), "\x00\xff"},
+		{codec.Bytes, []byte{}, new([]byte), ""},
+		{codec.Text, text, new(string), text},
+		{codec.Text, &text, new(string), text},
+		{codec.Text, "", new(string), ""},
 	} {
 		b, err := tt.codec.Append([]byte("p"), tt.value)
 		if err != nil || string(b) != "p"+tt.want {

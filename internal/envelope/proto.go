@@ -157,7 +157,7 @@ func parseAttribute(b []byte, m *postrider.Message) error {
 				case valueBoolean:
 					text = strconv.FormatBool(v.varint != 0)
 				case valueInteger:
-					text = strconv.Itoa(int(int32(v.varint))) //nolint:gosec // int32 on the wire
+					text = strconv.Itoa(int(int32(v.varint)))
 				case valueString, valueURI, valueURIRef:
 					text = string(v.bytes)
 				case valueBytes:
@@ -205,9 +205,9 @@ func parseTime(b []byte) (time.Time, error) {
 	err := fields(b, func(num protowire.Number, v value) error {
 		switch num {
 		case 1:
-			sec = int64(v.varint) //nolint:gosec // two's complement on the wire
+			sec = int64(v.varint)
 		case 2:
-			ns = int64(int32(v.varint)) //nolint:gosec // int32 on the wire
+			ns = int64(int32(v.varint))
 		}
 		return nil
 	})
