@@ -14,7 +14,7 @@ import (
 var postgresURL string
 
 func TestMain(m *testing.M) {
-	pg, err := devstack.StartPostgres(context.Background(), devstack.PostgresConfig{NoSync: true})
+	pg, err := devstack.StartPostgres(context.Background(), devstack.PostgresConfig{InMemory: true})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
