@@ -222,16 +222,20 @@ func TestCallTooLarge(t *testing.T) {
 
 func TestCallPermissionDenied(t *testing.T) {
 	t.Parallel()
+	seen := make(chan error, 10)
 	nc := natsWith(t, func(o *server.Options) {
 		o.Users = []*server.User{{
 			Username: "u", Password: "p", // of this test's own server
 			Permissions: &server.Permissions{Publish: &server.SubjectPermission{Allow: []string{"ok.>"}}},
 		}}
-	}, nats.UserInfo("u", "p"))
+	}, nats.UserInfo("u", "p"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { seen <- err }))
 	c := dial(t, nc, ClientConfig{Timeout: time.Hour})
 	for range 2 {
 		_, err := Call(t.Context(), c, reserve, &item{})
 		wantError(t, err, postrider.PermissionDenied, false)
+		if err := <-seen; !errors.Is(err, nats.ErrPermissionViolation) {
+			t.Errorf("the user's error handler got %v", err)
+		}
 	}
 }
 
@@ -242,7 +246,7 @@ func TestCallSubscribeDenied(t *testing.T) {
 			Username: "u", Password: "p", // of this test's own server
 			Permissions: &server.Permissions{Subscribe: &server.SubjectPermission{Allow: []string{"_INBOX.>", "$SRV.>"}}},
 		}}
-	}, nats.UserInfo("u", "p"))
+	}, nats.UserInfo("u", "p"), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
 	srv, err := NewServer(nc, ServerConfig{})
 	if err != nil {
 		t.Fatal(err)
