@@ -18,5 +18,7 @@
 // [NewNATS] and [NewPostgres] give servers that a test can stop and start, to see what a service makes of it. Where no PostgreSQL
 // can be had, a test is skipped with the reason, and fails if the environment says CI=true.
 //
+// [Recorder] is a publisher in memory, for code that publishes and needs no server to be tested.
+//
 // It is not for load tests: PostgreSQL runs without fsync here, which flatters whatever commits.
 package postridertest
