@@ -43,36 +43,6 @@ func stored(t testing.TB, nc *nats.Conn, stream string) []*jetstream.RawStreamMs
 	return msgs
 }
 
-func TestPublishWritesBinaryMode(t *testing.T) {
-	t.Parallel()
-	nc := postridertest.NATS(t)
-	b := newBus(t, nc)
-	m := &postrider.Message{
-		ID: "n 1", Type: "notes.written.v1", Subject: "Größe \"100%\"", Time: time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC),
-		ContentType: "application/json", Data: []byte(`{"n":1}`),
-	}
-	if err := m.SetExtension("partitionkey", "Euro € 😀"); err != nil {
-		t.Fatal(err)
-	}
-	if err := b.Publish(t.Context(), m); err != nil {
-		t.Fatal(err)
-	}
-	got := stored(t, nc, "NOTES")[0]
-	// The encoded values are those of the binding's own examples (cloudevents/spec: HTTP and NATS protocol bindings).
-	for key, want := range map[string]string{
-		"ce-specversion": "1.0", "ce-id": "n%201", "ce-source": "//test/notes", "ce-type": "notes.written.v1",
-		"ce-subject": "Gr%C3%B6%C3%9Fe%20%22100%25%22", "ce-time": "2026-01-02T03:04:05.000006Z",
-		"ce-datacontenttype": "application/json", "ce-partitionkey": "Euro%20%E2%82%AC%20%F0%9F%98%80",
-	} {
-		if v := got.Header.Get(key); v != want {
-			t.Errorf("%s = %q, want %q", key, v, want)
-		}
-	}
-	if got.Subject != "notes.written.v1" || string(got.Data) != `{"n":1}` {
-		t.Errorf("subject %q, data %q", got.Subject, got.Data)
-	}
-}
-
 func TestPublishManyCallers(t *testing.T) {
 	t.Parallel()
 	nc := postridertest.NATS(t)

@@ -1,0 +1,78 @@
+package bus_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/postridertest"
+)
+
+// quoted returns the block of docs/wire.md that begins with ```info.
+func quoted(t *testing.T, info string) string {
+	t.Helper()
+	page, err := os.ReadFile(filepath.Join("..", "docs", "wire.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, ok := strings.Cut(string(page), "```"+info+"\n")
+	block, _, closed := strings.Cut(block, "\n```")
+	if !ok || !closed {
+		t.Fatalf("docs/wire.md has no block %q", info)
+	}
+	return block
+}
+
+func TestWireDocumentEvent(t *testing.T) {
+	t.Parallel()
+	headers, data, _ := strings.Cut(quoted(t, "text event"), "\n\n")
+	want := map[string]string{}
+	for line := range strings.SplitSeq(headers, "\n") {
+		key, value, _ := strings.Cut(line, ": ")
+		want[key] = value
+	}
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	m := &postrider.Message{
+		ID: "n 1", Type: "notes.written.v1", Subject: "Größe \"100%\"", Time: time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC),
+		ContentType: "application/json", Data: []byte(`{"n":1}`),
+	}
+	for name, value := range map[string]string{"partitionkey": "Euro € 😀", "correlationid": "n 0"} {
+		if err := m.SetExtension(name, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.Publish(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	got := stored(t, nc, "NOTES")[0]
+	for key, values := range got.Header {
+		if strings.HasPrefix(key, "Nats-") && key != "Nats-Msg-Id" {
+			continue // the server tells where it found the message
+		}
+		if want[key] != values[0] {
+			t.Errorf("header %s is %q, docs/wire.md says %q", key, values[0], want[key])
+		}
+		delete(want, key)
+	}
+	if len(want) > 0 {
+		t.Errorf("docs/wire.md has headers that are not sent: %v", want)
+	}
+	if string(got.Data) != data || got.Subject != "notes.written.v1" {
+		t.Errorf("subject %s, data %s; docs/wire.md says %s", got.Subject, got.Data, data)
+	}
+}
+
+func TestWireDocumentError(t *testing.T) {
+	t.Parallel()
+	err := &postrider.Error{
+		Code: postrider.FailedPrecondition, Msg: "only 3 of sku 11 are left", RetryAfter: 250 * time.Millisecond,
+		Details: []postrider.Detail{{Type: "shop.v1.Shortage", Value: []byte{3}}},
+	}
+	if got := string(postrider.AppendError(nil, err)); got != quoted(t, "json error") {
+		t.Errorf("an error is written as\n%s\ndocs/wire.md says\n%s", got, quoted(t, "json error"))
+	}
+}
