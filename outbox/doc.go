@@ -1,0 +1,54 @@
+// Package outbox publishes messages in database transactions. A message leaves if, and only if, the transaction in which
+// it was published commits; and messages with the same key leave in the order in which their transactions committed.
+//
+//	ob, err := outbox.New(outbox.Config{Source: "//shop/orders"})
+//	relay, err := outbox.NewRelay(pool, b, outbox.RelayConfig{Outbox: ob})
+//
+//	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+//		if _, err := tx.Exec(ctx, `insert into orders values ($1, $2)`, o.ID, o.Customer); err != nil {
+//			return err
+//		}
+//		return OrderPlaced.Publish(ctx, ob.In(tx), &o)
+//	})
+//
+//	err = postrider.Run(ctx, b, relay)
+//
+// # Guarantee
+//
+// Every committed message is accepted by the relay's publisher at least once, or moved with its cause to the table
+// postrider_outbox_dead if the publisher refuses it for good. A message of a transaction that rolled back never is. After a
+// crash up to 100 ms of messages are sent a second time, with the same ids: NATS drops them within its duplicate window and
+// package idempotency for as long as it remembers.
+//
+// # How it works
+//
+// Publish inserts a row, which has the transaction's xid and a number from a sequence. The relay's cursor is not a number but a
+// snapshot (pg_snapshot): a batch is what is visible now and was not visible in the cursor's snapshot, in the order of the
+// numbers. That is the batch of PgQ, the queue of Skype (M. Kreen and others, function pgq.batch_event_sql), without its
+// ticker. Other than "number > last" it loses nothing when a lower number commits later, and other than "xid below the oldest
+// one open" it does not stop for a transaction left open somewhere. No row is locked, updated or deleted.
+//
+// The order of a key: Publish takes an advisory lock on the key before it draws the number, and keeps it to the end of the
+// transaction. So of two transactions with one key, the earlier is visible before the later has a number, which therefore is
+// in the same batch with a higher one, or in a later batch.
+//
+// Sent rows stay for a while ([RelayConfig.Retain]) in a ring of three tables, which are truncated in turn once the written
+// cursor covers them. One relay leads by a lease with a fencing token; others wait. An idle relay reads one sequence four
+// times a second and no table. A Publish in the same process wakes it.
+//
+// # SQL writers
+//
+// Whatever may INSERT may publish; topic and data are enough:
+//
+//	insert into postrider.postrider_outbox (topic, data) values ('orders.placed.v1', '{"id":"o-1"}');
+//
+// # Poolers
+//
+// Nothing here depends on a session: no LISTEN, no session lock, no SET. PgBouncer in transaction mode works with a pool whose
+// DefaultQueryExecMode is pgx.QueryExecModeCacheDescribe or QueryExecModeExec, which it needs in any case.
+//
+// # What it is not for
+//
+// It is no queue: nobody else reads the tables, and a message that is to be handled in the same database needs no broker. Do
+// not put large data in it; above some 64 KiB store it elsewhere and send a reference.
+package outbox

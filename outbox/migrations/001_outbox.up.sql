@@ -1,0 +1,53 @@
+-- The numbers that order the outbox. Never give it a CACHE above 1: a session that hands out numbers drawn earlier breaks
+-- the order of a key, and the relay would pass over them.
+create sequence :"schema".postrider_outbox_seq cache 1;
+
+-- One row is one message to be sent. Whoever may INSERT may publish: topic and data suffice, attributes NULL means that the
+-- relay makes up the CloudEvents attributes. Rows are inserted, never updated, never deleted: three tables are filled in
+-- turn, each for one period, and truncated when all their rows are sent.
+--
+-- The order of the first two columns matters: the transaction must have its xid before it draws the id.
+create table :"schema".postrider_outbox (
+	xid        xid8        not null default pg_current_xact_id(),
+	id         bigint      not null default nextval(':"schema".postrider_outbox_seq'),
+	slot       smallint    not null default floor(date_part('epoch', clock_timestamp()) / 300)::bigint % 3,
+	at         timestamptz not null default clock_timestamp(),
+	topic      text        not null,
+	attributes bytea,      -- CloudEvents protobuf format, without the data
+	data       bytea
+) partition by list (slot);
+
+create table :"schema".postrider_outbox_0 partition of :"schema".postrider_outbox for values in (0);
+create table :"schema".postrider_outbox_1 partition of :"schema".postrider_outbox for values in (1);
+create table :"schema".postrider_outbox_2 partition of :"schema".postrider_outbox for values in (2);
+create index postrider_outbox_id on :"schema".postrider_outbox (id);
+
+-- The one row of the relay that leads: its lease and how far it is. It is rewritten ten times a second under load, which
+-- the fill factor keeps inside one page.
+create table :"schema".postrider_outbox_relay (
+	only_row  boolean          primary key default true check (only_row),
+	identity  uuid             not null default gen_random_uuid(), -- of this outbox, for the ids of rows without attributes
+	system_id bigint           not null,                           -- of the cluster whose xids these are
+	period    double precision not null default 300,               -- seconds, as in the default of slot
+	owner     text             not null default '',
+	fence     bigint           not null default 0,                 -- counts the terms
+	expires   timestamptz      not null default '-infinity',
+	prev      pg_snapshot      not null default '1:1:',            -- all rows that it sees are sent
+	cur       pg_snapshot,                                         -- of those that it sees ...
+	last      bigint           not null default 0,                 -- ... the ones up to this id are sent
+	floor     bigint           not null default 0,                 -- ids of transactions from prev's xmax on are higher
+	floors    jsonb            not null default '{}'               -- the same for each transaction open in prev
+) with (fillfactor = 20);
+
+insert into :"schema".postrider_outbox_relay (system_id) select system_identifier from pg_control_system();
+
+-- What the broker refused for good. To send a row again, insert its topic, attributes and data into the outbox.
+create table :"schema".postrider_outbox_dead (
+	id         bigint      primary key,
+	at         timestamptz not null,
+	topic      text        not null,
+	attributes bytea,
+	data       bytea,
+	cause      text        not null,
+	died_at    timestamptz not null default now()
+);

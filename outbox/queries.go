@@ -1,0 +1,112 @@
+package outbox
+
+import "github.com/postrider/postrider/internal/migrate"
+
+// queries are the statements of one outbox. The database's clock decides everything that is compared with its rows.
+type queries struct {
+	lockKeys, insertOne, insertMany                string // in the user's transaction
+	sequence, acquire, probe, plan, page, write    string // the relay's ordinary work
+	dead, adopt, adoptCursor                       string // what happens seldom
+	ringState, ringLock, ringCovered, ringTruncate string // one slot of the ring; %d is its number
+	ringPeriodLock, ringPeriod, ringPeriodNote     string // another Retain
+}
+
+func newQueries(schema string) queries {
+	in := func(sql string) string { return migrate.In(schema, sql) }
+	return queries{
+		// Takes the transaction-scoped advisory locks of some keys, in the order of their hashes, so that two of these
+		// statements cannot deadlock. A key is prefixed by its schema. SQL writers may take the same locks.
+		lockKeys: `
+			select pg_advisory_xact_lock(h) from (
+				select distinct hashtextextended('postrider_outbox.' || k, 0) as h from unnest($1::text[]) as k order by h
+			) as sorted`,
+
+		// Writers lock nothing but their own new rows, and share the table.
+		insertOne: in(`insert into :"schema".postrider_outbox (topic, attributes, data) values ($1, $2, $3)`),
+		insertMany: in(`
+			insert into :"schema".postrider_outbox (topic, attributes, data)
+			select t, a, d from unnest($1::text[], $2::bytea[], $3::bytea[]) with ordinality as u (t, a, d, n) order by n`),
+
+		sequence: `select seqcache from pg_sequence where seqrelid = to_regclass($1)`,
+
+		// Takes the lease if it is free, has run out or is our own from a term that ended badly. One row by its key; waits
+		// for a concurrent write of it, that is a moment.
+		acquire: in(`
+			update :"schema".postrider_outbox_relay
+			set owner = $1, fence = fence + 1, expires = clock_timestamp() + make_interval(secs => $2)
+			where expires < clock_timestamp() or owner = $1
+			returning fence, identity::text, period, system_id = (select system_identifier from pg_control_system()),
+				pg_postmaster_start_time(), prev::text, coalesce(cur::text, ''), last, floor, floors`),
+
+		// What can be seen now, and the highest number drawn. It touches no table: the cost of an idle poll. The snapshot of
+		// a statement is taken before the sequence is read, so that a number that is not higher than the floor proves that
+		// the snapshot sees nothing new.
+		probe: in(`
+			select pg_current_snapshot()::text, last_value - (not is_called)::int, pg_postmaster_start_time(), clock_timestamp()
+			from :"schema".postrider_outbox_seq`),
+
+		// Goes ahead of page, in the same implicit transaction. Only the walk along the index stops after a page; statistics
+		// that lag behind a growing backlog make the planner read and sort all of it. The generic plan would parse
+		// the snapshot again for every row.
+		plan: `
+			select set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+				set_config('enable_sort', 'off', true), set_config('plan_cache_mode', 'force_custom_plan', true)`,
+
+		// The rows above $1 that snapshot $4 sees and the cursor's does not: their transactions came later ($2, its xmax) or
+		// were open then and have ended since ($3). The index on id of each slot, merged; no row is locked.
+		page: in(`
+			select id, at, topic, attributes, data from :"schema".postrider_outbox
+			where id > $1 and (xid >= $2::text::xid8 or xid = any($3::text[]::xid8[]))
+				and pg_visible_in_snapshot(xid, $4::text::pg_snapshot)
+			order by id limit $5`),
+
+		// Writes the cursor and renews the lease, or gives it back ($3 null), if it is still ours. One row by its key. The
+		// number is read after this transaction has its xid; see cursor.begin for what that means.
+		write: in(`
+			update :"schema".postrider_outbox_relay
+			set expires = coalesce(clock_timestamp() + make_interval(secs => $3), '-infinity'),
+				prev = $4::text::pg_snapshot, cur = nullif($5, '')::pg_snapshot, last = $6, floor = $7, floors = $8
+			where fence = $1 and owner = $2
+			returning (select last_value - (not is_called)::int from :"schema".postrider_outbox_seq)`),
+
+		// Copies rows to the dead letters; one that is there from before a crash stays. The index on id.
+		dead: in(`
+			insert into :"schema".postrider_outbox_dead (id, at, topic, attributes, data, cause)
+			select o.id, o.at, o.topic, o.attributes, o.data, c.cause
+			from unnest($1::bigint[], $2::text[]) as c (id, cause) join :"schema".postrider_outbox as o on o.id = c.id
+			on conflict (id) do nothing`),
+
+		// Makes the rows of another cluster, whose xids mean nothing here, rows of this transaction, and forgets the cursor.
+		// Both run under an exclusive lock of the outbox.
+		adopt: in(`
+			lock table :"schema".postrider_outbox in access exclusive mode;
+			update :"schema".postrider_outbox set xid = pg_current_xact_id()`),
+		adoptCursor: in(`
+			update :"schema".postrider_outbox_relay
+			set prev = '1:1:', cur = null, last = 0, floor = 0, floors = '{}',
+				system_id = (select system_identifier from pg_control_system())
+			where fence = $1 and owner = $2`),
+
+		// The slot whose turn it is to be emptied, the next to be filled, and whether there is something in it.
+		ringState: in(`
+			select n, case n
+				when 0 then exists (select from :"schema".postrider_outbox_0)
+				when 1 then exists (select from :"schema".postrider_outbox_1)
+				else exists (select from :"schema".postrider_outbox_2) end
+			from (select (floor(date_part('epoch', clock_timestamp()) / $1) + 1)::bigint % 3 as n) as s`),
+		ringLock: in(`lock table :"schema".postrider_outbox_%d in access exclusive mode nowait`),
+
+		// Under the lock there is no row of an open transaction, so what the durable cursor sees is all there is.
+		ringCovered: in(`
+			select not exists (select from :"schema".postrider_outbox_%d where not pg_visible_in_snapshot(xid, r.prev))
+			from :"schema".postrider_outbox_relay as r where fence = $1 and owner = $2`),
+		ringTruncate: in(`truncate :"schema".postrider_outbox_%d`),
+
+		// All writers need this lock of the parent, so it is asked for only for a moment.
+		ringPeriodLock: in(`set local lock_timeout = '50ms'; lock table only :"schema".postrider_outbox in access exclusive mode`),
+		ringPeriod: in(`
+			alter table only :"schema".postrider_outbox
+			alter slot set default floor(date_part('epoch', clock_timestamp()) / %g)::bigint %% 3`),
+		ringPeriodNote: in(`update :"schema".postrider_outbox_relay set period = $3 where fence = $1 and owner = $2`),
+	}
+}

@@ -1,0 +1,149 @@
+package outbox
+
+import (
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/envelope"
+)
+
+// pageBytes bounds what a page holds in memory. The first message is taken whatever its size.
+const pageBytes = 8 << 20
+
+// page is some rows in the order of their numbers.
+type page struct {
+	rows  []row
+	after cursor // once the page is done
+	upTo  int64  // numbers up to here are done then, or belong to open transactions
+	since int64  // when its first row was written, Unix nanoseconds by our clock; 0: it is empty
+}
+
+// row is one message of the outbox.
+type row struct {
+	id    int64
+	topic string
+	msg   *postrider.Message
+	err   error // it cannot be read
+}
+
+// read looks for rows and hands a page to the sender. It returns false if there is nothing more for now.
+func (t *term) read() (bool, error) {
+	c := t.reading
+	if c.scan == nil {
+		s, err := t.probe()
+		if err != nil {
+			return false, err
+		}
+		var news bool
+		if c, news = c.begin(s, t.highest, t.floor); !news {
+			return false, nil
+		}
+	}
+	p, full, err := t.fetch(c)
+	if err != nil {
+		return false, err
+	}
+	if full {
+		p.upTo = p.rows[len(p.rows)-1].id
+		p.after = c.advance(p.upTo)
+	} else {
+		p.upTo = t.highest
+		p.after = c.finish()
+	}
+	if t.inFlight == 0 {
+		t.r.oldest.Store(p.since)
+	}
+	t.reading, t.behind = p.after, p.since
+	t.inFlight++
+	t.pages <- p // never blocks: there is room for all that may be in flight
+	return len(p.rows) > 0, nil
+}
+
+// probe takes a snapshot and the highest number.
+func (t *term) probe() (snapshot, error) {
+	var text string
+	var highest int64
+	var started, now time.Time
+	err := t.conn.QueryRow(t.ctx, t.r.outbox.q.probe).Scan(&text, &highest, &started, &now)
+	if err != nil {
+		return snapshot{}, fmt.Errorf("outbox: take snapshot: %w", err)
+	}
+	if !started.Equal(t.started) {
+		return snapshot{}, errServerRestarted
+	}
+	t.highest, t.skew = highest, time.Since(now)
+	return parseSnapshot(text)
+}
+
+// fetch reads the next page of a scan and reports whether there may be more.
+func (t *term) fetch(c cursor) (p page, full bool, err error) {
+	ended := make([]string, len(c.scan.ended))
+	for i, x := range c.scan.ended {
+		ended[i] = strconv.FormatUint(x, 10)
+	}
+	batch := &pgx.Batch{}
+	batch.Queue(t.r.outbox.q.plan)
+	batch.Queue(t.r.outbox.q.page, c.scan.last, strconv.FormatUint(c.prev.xmax, 10), ended, c.scan.cur.text, t.limit)
+	results := t.conn.SendBatch(t.ctx, batch)
+	defer func() {
+		if closeErr := results.Close(); err == nil && closeErr != nil {
+			err = fmt.Errorf("outbox: read page: %w", closeErr)
+		}
+	}()
+	if _, err := results.Exec(); err != nil {
+		return page{}, false, fmt.Errorf("outbox: prepare to read page: %w", err)
+	}
+	cur, err := results.Query()
+	if err != nil {
+		return page{}, false, fmt.Errorf("outbox: read page: %w", err)
+	}
+	defer cur.Close()
+
+	size := 0
+	for cur.Next() {
+		var id int64
+		var at time.Time
+		var topic string
+		var attributes, data []byte
+		if err := cur.Scan(&id, &at, &topic, &attributes, &data); err != nil {
+			return page{}, false, fmt.Errorf("outbox: read row: %w", err)
+		}
+		if len(p.rows) == 0 {
+			p.since = at.Add(t.skew).UnixNano()
+		}
+		p.rows = append(p.rows, t.row(id, at, topic, attributes, data))
+		if size += len(attributes) + len(data); size >= pageBytes {
+			full = true
+			break // closing reads the rest and throws it away, so ask for less from now on
+		}
+	}
+	cur.Close()
+	if err := cur.Err(); err != nil {
+		return page{}, false, fmt.Errorf("outbox: read page: %w", err)
+	}
+	if full {
+		t.limit = len(p.rows)
+		return p, true, nil
+	}
+	full = len(p.rows) == t.limit
+	t.limit = min(2*t.limit, t.r.cfg.BatchSize)
+	return p, full, nil
+}
+
+// row makes the message of a row. One without attributes, as any SQL client may insert it, gets an id from the outbox's
+// identity and its number, the topic as its type and the outbox's source.
+func (t *term) row(id int64, at time.Time, topic string, attributes, data []byte) row {
+	m := &postrider.Message{}
+	r := row{id: id, topic: topic, msg: m}
+	if attributes == nil {
+		m.ID, m.Source, m.Type, m.Time = t.identity+"-"+strconv.FormatInt(id, 10), t.r.outbox.cfg.Source, topic, at
+	} else {
+		r.err = envelope.ParseProto(attributes, m)
+	}
+	m.Topic, m.Data = topic, data
+	return r
+}

@@ -1,0 +1,180 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+const (
+	// readAhead is how many pages are in memory: one is being published while the next is read.
+	readAhead = 2
+
+	pollMin = 2 * time.Millisecond
+
+	// wakeDelay is from a Publish in this process to the look at the database: about the time to a commit, and long
+	// enough that many writers share a look.
+	wakeDelay = time.Millisecond
+)
+
+var errServerRestarted = errors.New("outbox: the database server was restarted")
+
+// lead reads pages and has them sent until stop ends, which is a nil error, or the term does.
+func (t *term) lead(stop context.Context) error {
+	t.r.leading.Store(true)
+	defer t.r.leading.Store(false)
+	defer t.conn.Release()
+	defer t.expiry.Stop()
+
+	// Waits between attempts end with quit, publishes only with the lease or the drain time-out.
+	quit, cancelQuit := context.WithCancel(t.ctx)
+	defer context.AfterFunc(stop, cancelQuit)()
+	publishing, cancelPublishing := context.WithCancel(t.ctx)
+
+	var sender sync.WaitGroup
+	sender.Go(func() {
+		gaveUp := false // then what follows may not overtake
+		for p := range t.pages {
+			res := result{page: p, gaveUp: true}
+			if !gaveUp {
+				res = t.r.send(publishing, quit, p)
+			}
+			gaveUp = res.gaveUp
+			t.results <- res
+		}
+	})
+
+	err := t.loop(stop)
+	if err == nil {
+		err = t.drain(cancelPublishing)
+	}
+	t.cancel(err)
+	cancelQuit()
+	cancelPublishing()
+	close(t.pages)
+	sender.Wait()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(stop), t.r.cfg.LeaseTTL)
+	defer cancel()
+	if err := t.write(ctx, true); err != nil {
+		t.r.log.WarnContext(ctx, "the lease was not given back: the next relay waits until it runs out", "error", err)
+	}
+	t.expiry.Stop()
+	return nil
+}
+
+// loop is the work of a term: look, read ahead, settle what was sent, write the cursor, keep the ring.
+func (t *term) loop(stop context.Context) error {
+	tick := time.NewTicker(writeInterval)
+	defer tick.Stop()
+	poll := time.NewTimer(0)
+	defer poll.Stop()
+	due, interval, next := true, pollMin, time.Now()
+
+	for stop.Err() == nil {
+		for due && t.inFlight < readAhead && stop.Err() == nil {
+			found, err := t.read()
+			if err != nil {
+				return err
+			}
+			if found {
+				interval = pollMin
+				continue
+			}
+			due, next = false, time.Now().Add(interval)
+			poll.Reset(interval)
+			interval = min(2*interval, t.r.cfg.PollInterval)
+		}
+		if err := t.writeIfDue(); err != nil {
+			return err
+		}
+		select {
+		case res := <-t.results:
+			if err := t.settle(res); err != nil {
+				return err
+			}
+		case <-poll.C:
+			due = true
+		case <-t.r.outbox.wake:
+			interval = pollMin
+			if at := time.Now().Add(wakeDelay); !due && at.Before(next) { // never later: wakes may be dense
+				next = at
+				poll.Reset(wakeDelay)
+			}
+		case <-tick.C:
+			if err := t.keepRing(); err != nil {
+				return err
+			}
+		case <-stop.Done():
+		case <-t.ctx.Done():
+			return context.Cause(t.ctx)
+		}
+	}
+	return nil
+}
+
+// drain waits for the pages in flight: one that is being published is finished, one behind it is given up.
+func (t *term) drain(cancelPublishing context.CancelFunc) error {
+	timeout := time.AfterFunc(t.r.cfg.DrainTimeout, cancelPublishing)
+	defer timeout.Stop()
+	tick := time.NewTicker(writeInterval)
+	defer tick.Stop()
+	for t.inFlight > 0 {
+		select {
+		case res := <-t.results:
+			if err := t.settle(res); err != nil {
+				return err
+			}
+		case <-tick.C:
+			if err := t.writeIfDue(); err != nil {
+				return err
+			}
+		case <-t.ctx.Done():
+			return context.Cause(t.ctx)
+		}
+	}
+	return nil
+}
+
+// settle takes the news of a page: the cursor moves behind it, once its dead letters are safe.
+func (t *term) settle(res result) error {
+	t.inFlight--
+	if res.gaveUp {
+		return nil // the term ends; the page is read again by the next one
+	}
+	if len(res.dead) > 0 {
+		if err := t.bury(res.dead); err != nil {
+			return err
+		}
+	}
+	t.done = res.page.after
+	t.unwritten += len(res.page.rows)
+	t.r.published.Add(uint64(len(res.page.rows) - len(res.dead)))
+	t.r.died.Add(uint64(len(res.dead)))
+	t.r.depth.Store(max(0, t.highest-res.page.upTo))
+	if t.inFlight == 0 {
+		t.r.oldest.Store(0)
+	} else {
+		t.r.oldest.Store(t.behind)
+	}
+	return nil
+}
+
+// bury copies rows to the dead letters.
+func (t *term) bury(dead []refusal) error {
+	ids, causes := make([]int64, len(dead)), make([]string, len(dead))
+	for i, d := range dead {
+		ids[i], causes[i] = d.row.id, d.cause.Error()
+		t.r.log.LogAttrs(t.ctx, slog.LevelWarn, "message refused for good, moved to the dead letters",
+			slog.Int64("number", d.row.id), slog.String("topic", d.row.topic), slog.Any("error", d.cause))
+	}
+	if _, err := t.conn.Exec(t.ctx, t.r.outbox.q.dead, ids, causes); err != nil {
+		return fmt.Errorf("outbox: move %d rows to the dead letters: %w", len(dead), err)
+	}
+	return nil
+}
