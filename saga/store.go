@@ -89,7 +89,7 @@ order by wake_at limit 1 for update skip locked`),
 		park: fill(`with saga as (
 	update SAGA set parked = $3, epoch = epoch + 1, entries = entries + 1, updated_at = clock_timestamp()
 	where engine = $1 and wake_at < now() - $4::interval and parked = '' and hash <> all($2)
-	returning id, entries, plan, version, hash), noted as (
+	returning id, entries, plan, version, hash), logged as (
 	insert into HISTORY (saga, seq, kind, step, op, attempt, cause) select id, entries, 'parked', '', '', 0, $3 from saga)
 select id::text, plan, version, hash from saga`),
 

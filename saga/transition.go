@@ -256,9 +256,6 @@ func (e *Engine) transact(ctx context.Context, what func(*run) (event, error), q
 	if err := r.advance(ctx, ev); err != nil {
 		return true, unavailable("publish for "+r.id, err)
 	}
-	if len(r.history) == 0 { // a timer that another event has moved
-		return true, nil
-	}
 	if err := e.save(ctx, conn, r.row, r.history); err != nil {
 		return true, unavailable("save "+r.id, err)
 	}
