@@ -139,8 +139,11 @@ func (s *Store) do(
 		// The refusal is kept, so that no repetition succeeds after the caller was told no. If it cannot be kept the caller
 		// must not hear it. A handler that rolled back before it refused got what it wanted.
 		t.misuse = nil
+		// On its own: in a transaction that a failed statement has aborted nothing else can even be prepared.
+		if _, err = t.Exec(ctx, "rollback to savepoint postrider_action"); err != nil {
+			break
+		}
 		err = s.commit(ctx, t, func(b *pgx.Batch) {
-			b.Queue("rollback to savepoint postrider_action")
 			b.Queue(s.sql.answer, key.text, stateRefused, "application/json", postrider.AppendError(nil, runErr))
 		})
 	}

@@ -69,24 +69,19 @@ func (s *Store) commit(ctx context.Context, t *tx, finish func(*pgx.Batch)) erro
 	if t.misuse != nil {
 		return t.misuse
 	}
-	if t.conn.Conn().PgConn().TxStatus() == 'I' {
+	switch t.conn.Conn().PgConn().TxStatus() {
+	case 'I':
 		return postrider.Errorf(postrider.Internal, "the handler ended its transaction: it must return nil or an error instead")
+	case 'E':
+		return postrider.Errorf(postrider.Internal, "the handler returned nil after a statement failed: it must return the error")
 	}
 	var b pgx.Batch
 	if finish != nil {
 		finish(&b)
 	}
-	rolledBack := false
-	b.Queue("commit").Exec(func(tag pgconn.CommandTag) error {
-		rolledBack = tag.String() == "ROLLBACK"
-		return nil
-	})
+	b.Queue("commit")
 	if err := t.conn.SendBatch(ctx, &b).Close(); err != nil {
 		return err
-	}
-	if rolledBack {
-		return postrider.Errorf(postrider.Internal,
-			"the handler returned nil after a failed statement, which had rolled back its transaction: return the error")
 	}
 	s.handled.Add(1)
 	return nil

@@ -1,0 +1,62 @@
+package idempotency
+
+import (
+	"context"
+	"strconv"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/postrider/postrider"
+)
+
+// BenchmarkHandler compares a handler that updates one row in a transaction of its own with the same one behind the
+// inbox, with a duplicate, and with an action that stores its reply. Eight at once.
+func BenchmarkHandler(b *testing.B) {
+	env := setup(b)
+	env.exec(`create table account (id int primary key, due bigint not null) with (fillfactor = 50);
+		insert into account select i, 0 from generate_series(0, 9999) i`)
+	s := env.store(Config{})
+	pay := func(ctx context.Context, tx pgx.Tx, n int64) error {
+		_, err := tx.Exec(ctx, `update account set due = due + 1 where id = $1`, n%10_000)
+		return err
+	}
+	var n atomic.Int64
+	plain := env.placed.Handler(func(ctx context.Context, _ postrider.Event[order]) error {
+		return pgx.BeginFunc(ctx, env.pool, func(tx pgx.Tx) error { return pay(ctx, tx, n.Add(1)) })
+	})
+	once := Handler(s, "billing", env.placed, func(ctx context.Context, tx pgx.Tx, _ postrider.Event[order]) error {
+		return pay(ctx, tx, n.Add(1))
+	})
+	action := Action(s, env.reserve, func(ctx context.Context, tx pgx.Tx, req *order) (*hold, error) {
+		return &hold{ID: req.ID}, pay(ctx, tx, n.Add(1))
+	})
+	event, command := env.event("m", time.Now()), env.command(env.reserve, "", order{ID: "o-1"})
+	must(b, handle(b, once, event))
+
+	for _, bm := range []struct {
+		name     string
+		h        postrider.Handler
+		m        *postrider.Message
+		repeated bool
+	}{{"plain", plain, event, false}, {"once", once, event, false}, {"duplicate", once, event, true}, {"action", action, command, false}} {
+		b.Run(bm.name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.SetParallelism(4)
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					m := *bm.m
+					if !bm.repeated {
+						m.ID, m.Time = strconv.FormatInt(n.Add(1), 36), time.Now()
+					}
+					if err := handle(b, bm.h, &m); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		})
+	}
+}
