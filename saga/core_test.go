@@ -1,6 +1,7 @@
 package saga
 
 import (
+	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
@@ -160,6 +161,31 @@ func tell(entries []Entry) string {
 		lines = append(lines, line)
 	}
 	return strings.Join(lines, ", ")
+}
+
+// What a released version has stored must be read by every later one.
+func TestStored(t *testing.T) {
+	t.Parallel()
+	const stored = `{"status":"compensating","steps":[{"phase":"undoing","attempt":2,"resting":true,"wake_at":"1970-01-12T14:46:40Z"},` +
+		`{"phase":"refused"},{}],"deadline":"1970-01-12T13:46:40Z","cause":"no","alarm":"look"}`
+	want := state{
+		Status: Compensating, Deadline: epoch, Cause: "no", Alarm: "look",
+		Steps: []stepState{{Phase: Undoing, Attempt: 2, Resting: true, WakeAt: atStep}, {Phase: Refused}, {}},
+	}
+	var got state
+	if err := json.Unmarshal([]byte(stored), &got); err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("read %v, %v; want %v", got, err, want)
+	}
+	if again, err := json.Marshal(want); err != nil || string(again) != stored {
+		t.Errorf("written %s, %v", again, err)
+	}
+	release := postrider.NewMethod[struct{}, struct{}]("stock.v1/Release")
+	none := func(*string) *struct{} { return nil }
+	plan := Define("order.place", 1, func(s *string) string { return *s },
+		Step("reserve", Send(release, none), Undo(Send(release, none))), Pivot("ship", Send(release, none)))
+	if plan.def.hash != "5098ded7afa8a353" {
+		t.Errorf("the plan's hash is %s: sagas that are under way would be parked", plan.def.hash)
+	}
 }
 
 func FuzzAddressOf(f *testing.F) {

@@ -1,8 +1,12 @@
 package saga_test
 
 import (
+	"context"
 	"fmt"
 	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/saga"
@@ -60,7 +64,64 @@ var PlaceOrder = saga.Define("order.place", 1, func(o *Order) string { return o.
 		func(o *Order, s *Shipment) { o.Tracking = s.Tracking })),
 	saga.Then("announce", saga.Publish(OrderShipped, func(o *Order) *OrderDone { return &OrderDone{o.ID, o.Tracking} })))
 
-func ExampleDefine_nonsense() {
+// A plan can be looked at before it runs.
+func ExamplePlan_Mermaid() {
+	fmt.Print(PlaceOrder.Mermaid())
+	// Output:
+	// flowchart TD
+	//   start([order.place v1])
+	//   s1["reserve: call stock.v1/Reserve"]
+	//   start --> s1
+	//   s1 -. refused .-> compensated
+	//   u1["undo reserve: send stock.v1/Release"]
+	//   u1 -.-> compensated
+	//   s1 -. given up .-> u1
+	//   s2["charge: call pay.v1/Charge"]
+	//   s1 --> s2
+	//   s2 -. refused .-> u1
+	//   u2["undo charge: send pay.v1/Refund"]
+	//   u2 -.-> u1
+	//   s2 -. given up .-> u2
+	//   s3{{"ship: call ship.v1/Book"}}
+	//   s2 --> s3
+	//   s3 -. refused .-> u2
+	//   s4["announce: publish orders.shipped.v1"]
+	//   s3 --> s4
+	//   s4 --> completed([completed])
+	//   compensated([compensated])
+}
+
+// A saga starts in the transaction that writes the order, and is waited for after its commit.
+func ExamplePlan_Start() {
+	placeOrder := func(ctx context.Context, pool *pgxpool.Pool, engine *saga.Engine, o *Order) (string, error) {
+		var id string
+		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) (err error) {
+			if _, err = tx.Exec(ctx, `insert into orders (id, sku, qty) values ($1, $2, $3)`, o.ID, o.SKU, o.Qty); err != nil {
+				return err
+			}
+			id, err = PlaceOrder.Start(ctx, engine.In(tx), o)
+			return err
+		})
+		if err != nil {
+			return "", err
+		}
+		instance, err := engine.Wait(ctx, id)
+		if err != nil {
+			return "", err
+		}
+		if instance.Status == saga.Compensated {
+			return "", postrider.Errorf(postrider.FailedPrecondition, "the order failed: %s", instance.Cause)
+		}
+		done, err := PlaceOrder.Data(instance)
+		if err != nil {
+			return "", err
+		}
+		return done.Tracking, nil
+	}
+	_ = placeOrder
+}
+
+func ExampleNewPlan() {
 	_, err := saga.NewPlan("order.place", 2, func(o *Order) string { return o.ID },
 		saga.Step("reserve", saga.Send(ReserveStock, func(o *Order) *ReserveReq { return &ReserveReq{o.SKU, o.Qty} })))
 	fmt.Println(err)

@@ -1,6 +1,7 @@
 package saga
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -60,7 +61,16 @@ type packet struct {
 	kind    eventKind // of a reply
 }
 
-func comparePackets(a, b packet) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) }
+func comparePackets(a, b packet) int {
+	flag := func(b bool) int {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(a.step-b.step, strings.Compare(string(a.op), string(b.op)), a.attempt-b.attempt, flag(a.reply)-flag(b.reply),
+		int(a.kind)-int(b.kind))
+}
 
 // exploration is one walk.
 type exploration struct {
