@@ -94,7 +94,7 @@ func call[Req, Res any](
 	if failed != nil {
 		return nil, failed
 	}
-	reply := new(postrider.Message)
+	reply := &postrider.Message{Extensions: make(postrider.Extensions, 0, 4)}
 	if err := envelope.ParseProto(event, reply); err != nil {
 		return nil, unreadable(err)
 	}

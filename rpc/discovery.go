@@ -22,16 +22,23 @@ type stats struct {
 	time      time.Duration
 }
 
-// record counts a call that ended, or an error besides (took 0).
+// record counts a call that ended.
 func (s *stats) record(took time.Duration, err error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.requests++
 	s.time += took
+	s.mu.Unlock()
 	if err != nil {
-		s.errors++
-		s.lastError = err.Error()
+		s.fail(err)
 	}
+}
+
+// fail counts an error.
+func (s *stats) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.errors++
+	s.lastError = err.Error()
 }
 
 // discoverySubjects is how many subjects a service listens to for discovery: three verbs to all, by name, by name and id.

@@ -42,44 +42,52 @@ type inbound struct {
 	refused error     // the request is not one
 }
 
-// parseRequest reads the calls of one NATS message. A request that is wrong in itself comes with refused set. The error
-// is for bytes that hold no call that could be answered.
-func parseRequest(m *method, msg *nats.Msg, arrived time.Time) ([]*inbound, error) {
+// parseRequest reads the calls of one NATS message and hands each to take. A request that is wrong in itself comes with
+// refused set. The error is for bytes that hold no call that could be answered.
+func parseRequest(m *method, msg *nats.Msg, arrived time.Time, take func(*inbound)) error {
 	switch header := headerNames(msg.Header); {
 	case header.binary:
 		c := newInbound(m, formBinary, msg.Reply, arrived)
 		c.request.Data = msg.Data
 		c.accept(readAttributes(c.request, msg.Header))
-		return []*inbound{c}, nil
+		take(c)
+		return nil
 	case len(msg.Data) > 0 && msg.Data[0] == compactMarker && header.contentType == "":
-		return parseFrames(m, msg, arrived)
+		return parseFrames(m, msg, arrived, take)
 	default:
 		c := newInbound(m, formBare, msg.Reply, arrived)
 		c.accept(readBare(c.request, m, msg.Data, header.contentType))
-		return []*inbound{c}, nil
+		take(c)
+		return nil
 	}
 }
 
 func newInbound(m *method, f form, reply string, arrived time.Time) *inbound {
-	return &inbound{
-		method: m, form: f, subject: reply, arrived: arrived,
-		request: &postrider.Message{Topic: m.handler.Topic(), Delivery: postrider.Delivery{Attempt: 1}},
+	one := &struct { // one allocation for what every request needs
+		inbound    inbound
+		message    postrider.Message
+		extensions [4]postrider.Extension
+	}{
+		inbound: inbound{method: m, form: f, subject: reply, arrived: arrived},
+		message: postrider.Message{Topic: m.handler.Topic(), Delivery: postrider.Delivery{Attempt: 1}},
 	}
+	one.message.Extensions = one.extensions[:0]
+	one.inbound.request = &one.message
+	return &one.inbound
 }
 
-func parseFrames(m *method, msg *nats.Msg, arrived time.Time) ([]*inbound, error) {
-	var calls []*inbound
+func parseFrames(m *method, msg *nats.Msg, arrived time.Time, take func(*inbound)) error {
 	for rest := msg.Data[1:]; ; {
 		number, event, more, err := cutFrame(rest)
 		if err != nil {
-			return calls, err
+			return err
 		}
 		c := newInbound(m, formCompact, msg.Reply, arrived)
 		c.number = number
 		c.accept(envelope.ParseProto(event, c.request))
-		calls = append(calls, c)
+		take(c)
 		if rest = more; len(rest) == 0 {
-			return calls, nil
+			return nil
 		}
 	}
 }
@@ -157,8 +165,8 @@ func (s *Server) reply(c *inbound, reply *postrider.Message) {
 	}
 	err := s.sendReply(c, reply)
 	if errors.As(err, new(*postrider.Error)) {
-		c.method.stats.record(0, err)
-		err = s.sendReply(c, errorReply(c, err))
+		c.method.stats.fail(err)
+		err = s.sendReply(c, postrider.ErrorReply(c.request, err))
 	}
 	if err != nil {
 		s.cfg.Logger.Error("rpc: reply not sent", "method", c.method.handler.Name(), "id", c.request.ID, "error", err)

@@ -275,30 +275,32 @@ func (s *subscriptions) drain(ctx context.Context) {
 
 // receive takes a request and admits it or refuses it. It runs on the goroutine of the subscription and does not block.
 func (s *Server) receive(p *pool, m *method, msg *nats.Msg) {
-	arrived := time.Now()
-	calls, err := parseRequest(m, msg, arrived)
-	for _, c := range calls {
+	err := parseRequest(m, msg, time.Now(), func(c *inbound) {
 		refused := c.refused
 		if refused == nil {
 			refused = p.submit(c)
 		}
 		if refused != nil {
-			m.stats.record(0, refused)
-			s.reply(c, errorReply(c, refused))
+			s.refuse(c, refused)
 		}
-	}
+	})
 	if err != nil { // a frame without a number that could be answered
-		c := &inbound{method: m, subject: msg.Reply, form: formBare, request: &postrider.Message{ID: postrider.NewID(), Type: m.handler.Name()}}
-		m.stats.record(0, err)
-		s.reply(c, errorReply(c, postrider.Errorf(postrider.InvalidArgument, "%w", err)))
+		c := newInbound(m, formBare, msg.Reply, time.Now())
+		c.request.ID, c.request.Type = postrider.NewID(), m.handler.Name()
+		s.refuse(c, postrider.Errorf(postrider.InvalidArgument, "%w", err))
 	}
+}
+
+// refuse answers a call that does not run.
+func (s *Server) refuse(c *inbound, why error) {
+	c.method.stats.record(0, why)
+	s.reply(c, postrider.ErrorReply(c.request, why))
 }
 
 // handle runs the handler of an admitted call and answers it.
 func (s *Server) handle(ctx context.Context, c *inbound) {
-	if refused := c.late(ctx); refused != nil {
-		c.method.stats.record(0, refused)
-		s.reply(c, errorReply(c, refused))
+	if why := c.late(ctx); why != nil {
+		s.refuse(c, why)
 		return
 	}
 	if !c.expires.IsZero() {
@@ -314,7 +316,7 @@ func (s *Server) handle(ctx context.Context, c *inbound) {
 		if postrider.CodeOf(err) == postrider.Internal {
 			s.cfg.Logger.Error("rpc: handler failed", "method", c.method.handler.Name(), "id", c.request.ID, "error", err)
 		}
-		reply = errorReply(c, err)
+		reply = postrider.ErrorReply(c.request, err)
 	}
 	s.reply(c, reply)
 }
@@ -344,9 +346,4 @@ func (c *inbound) late(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// errorReply returns the reply that carries an error.
-func errorReply(c *inbound, err error) *postrider.Message {
-	return postrider.ErrorReply(c.request, err)
 }

@@ -8,8 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"github.com/postrider/postrider"
 )
 
@@ -51,7 +49,7 @@ func TestWireDocument(t *testing.T) {
 	}
 	h := reserve.Handler(echo)
 	m := &method{handler: h, service: "stock.v1", name: "Reserve", subject: "rpc.stock.v1.Reserve"}
-	calls, err := parseRequest(m, &nats.Msg{Data: example("call"), Reply: "r"}, time.Now())
+	calls, err := parse(m, example("call"))
 	if err != nil || len(calls) != 1 || calls[0].refused != nil || calls[0].number != number {
 		t.Fatalf("the example is read as %+v, %v", calls, err)
 	}
