@@ -175,5 +175,5 @@ func parseDeadline(text string) (time.Duration, error) {
 		return 0, postrider.Errorf(postrider.InvalidArgument,
 			"extension %s is %q: want milliseconds, 0 to %d", postrider.ExtDeadline, text, math.MaxInt32)
 	}
-	return time.Duration(ms) * time.Millisecond, nil //nolint:gosec // 31 bits
+	return time.Duration(ms) * time.Millisecond, nil
 }

@@ -58,7 +58,7 @@ func TestCallErrorTravels(t *testing.T) {
 	details := []postrider.Detail{{Type: "type.test/one", Value: []byte{0, 1, 255}}, {Type: "type.test/two"}}
 	serve(t, nc, ServerConfig{}, reserve.Handler(func(_ context.Context, it *item) (*hold, error) {
 		err := &postrider.Error{
-			Code: postrider.Code(it.SKU), Msg: "no: źle\n", Details: details, Unprocessed: true, //nolint:gosec // 1 to 16
+			Code: postrider.Code(it.SKU), Msg: "no: źle\n", Details: details, Unprocessed: true,
 		}
 		switch it.Note {
 		case "permanent":

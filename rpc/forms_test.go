@@ -176,7 +176,7 @@ func TestCompactFormSeveralFrames(t *testing.T) {
 	}
 	data := []byte{compactMarker}
 	for number, body := range []string{`{"sku":1}`, `{"sku":404}`, `{"sku":3}`} {
-		data = appendFrame(data, uint64(number), &postrider.Message{ //nolint:gosec // 0 to 2
+		data = appendFrame(data, uint64(number), &postrider.Message{
 			ID: "x", Source: "//test", Type: "stock.v1/Reserve", Data: []byte(body),
 		})
 	}

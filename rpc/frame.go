@@ -25,7 +25,7 @@ func appendFrame(dst []byte, call uint64, m *postrider.Message) []byte {
 	dst = append(dst, 0, 0, 0, 0)
 	start := len(dst)
 	dst = envelope.AppendProto(dst, m)
-	binary.BigEndian.PutUint32(dst[start-4:], uint32(len(dst)-start)) //nolint:gosec // a NATS message is below 64 MiB
+	binary.BigEndian.PutUint32(dst[start-4:], uint32(len(dst)-start))
 	return dst
 }
 

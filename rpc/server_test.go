@@ -196,7 +196,7 @@ func TestServerDrain(t *testing.T) {
 		calls = append(calls, goCall(c, i))
 	}
 	postridertest.Eventually(t, func() error { // two run, eight wait in the server
-		if n := int(srv.nc.Stats().InMsgs); n < 11 { //nolint:gosec // and the ping of the helper
+		if n := int(srv.nc.Stats().InMsgs); n < 11 {
 			return fmt.Errorf("the server got %d messages, want 11", n)
 		}
 		return nil
