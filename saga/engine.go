@@ -27,7 +27,7 @@ type Config struct {
 	// "saga.<Name>.replies". Required.
 	Name string
 
-	// Schema holds the tables, see [Migrate]. Default "postrider".
+	// Schema holds the tables, see [Migrate]. Default [DefaultSchema].
 	Schema string
 
 	// MaxData is the largest a saga's data may get, in bytes of JSON. Larger ones are refused by Start; grown by a reply,
@@ -49,7 +49,7 @@ type Config struct {
 }
 
 func (c Config) withDefaults() Config {
-	c.Schema = cmp.Or(c.Schema, "postrider")
+	c.Schema = cmp.Or(c.Schema, DefaultSchema)
 	c.MaxData = cmp.Or(c.MaxData, 256<<10)
 	c.PollInterval = cmp.Or(c.PollInterval, time.Second)
 	c.Workers = cmp.Or(c.Workers, 4)
@@ -142,7 +142,7 @@ func (p *Plan[D]) Start(ctx context.Context, in Tx, data *D) (string, error) {
 	id, err := in.engine.start(ctx, in.tx, &p.def, data)
 	var known *postrider.Error
 	if err != nil && !errors.As(err, &known) {
-		err = unavailable("start "+p.def.name, err)
+		err = unavailable("saga: start "+p.def.name, err)
 	}
 	return id, err
 }

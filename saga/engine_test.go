@@ -119,7 +119,7 @@ func TestLateReply(t *testing.T) {
 		t.Error(err)
 	}
 	after, err := e.Get(t.Context(), id)
-	if err != nil || after.Status != i.Status || string(after.Data) != string(i.Data) {
+	if err != nil || after.Status != i.Status || !after.Ended.Equal(i.Ended) || string(after.Data) != string(i.Data) {
 		t.Errorf("the saga was %+v and is %+v, %v", i, after, err)
 	}
 	if want := map[saga.Status]int{saga.Completed: 3, saga.Compensated: 0}; b.inEffect(id) != want[i.Status] {

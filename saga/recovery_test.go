@@ -197,6 +197,35 @@ func TestUnknownPlan(t *testing.T) {
 	}
 }
 
+// A saga that cannot be read does not keep the others from their timers.
+func TestSickSaga(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	plan := quick(t)
+	idle, err := saga.NewEngine(b.pool, b, saga.Config{Name: "orders"}, plan)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.shop.does("reserve/do", func(n int) error {
+		if n == 1 {
+			return errHang
+		}
+		return nil
+	})
+	for n := range 5 { // more than there are workers
+		sick := b.start(idle, plan, &Order{ID: fmt.Sprint("sick-", n)})
+		_, err := b.pool.Exec(t.Context(), `update postrider.postrider_saga set state = '[]', wake_at = now() - interval '1 second' where id = $1`, sick)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	id := b.start(idle, plan, &Order{ID: "o-1"})
+	e, _ := b.engine(plan)
+	if i := b.wait(e, id); i.Status != saga.Completed {
+		t.Errorf("the saga is %+v", i)
+	}
+}
+
 // Two instances, 64 sagas at once, messages lost and doubled, participants that refuse and fail, connections to the
 // database cut: every saga ends, whole or not at all.
 func TestChaos(t *testing.T) {

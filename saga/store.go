@@ -1,12 +1,12 @@
 package saga
 
 import (
+	"cmp"
 	"context"
 	"embed"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"strings"
 	"time"
 
@@ -18,35 +18,33 @@ import (
 )
 
 //go:embed migrations
-var embedded embed.FS
+var migrations embed.FS
 
-func migrations() fs.FS {
-	files, err := fs.Sub(embedded, "migrations")
-	if err != nil { // the folder is embedded: cannot happen
-		panic(err)
-	}
-	return files
-}
+// line names the migrations of this package in the table postrider_migration.
+const line = "saga"
 
-// Migrate creates the tables postrider_saga and postrider_saga_history in a schema, or brings them up to date. Many
-// instances may call it at once.
+// DefaultSchema is where the tables are unless a Config names another schema.
+const DefaultSchema = "postrider"
+
+// Migrate creates or updates the tables of sagas in schema, and the schema itself; "" means [DefaultSchema]. Any number
+// of instances may call it at once; where nothing is to be done it only reads.
 func Migrate(ctx context.Context, pool *pgxpool.Pool, schema string) error {
-	return migrate.Run(ctx, pool, schema, "saga", migrations())
+	return migrate.Run(ctx, pool, cmp.Or(schema, DefaultSchema), line, migrations)
 }
 
-// Down drops the tables, with all sagas in them.
-func Down(ctx context.Context, pool *pgxpool.Pool, schema string) error {
-	return migrate.Down(ctx, pool, schema, "saga", migrations())
+// MigrateDown drops the tables, with all sagas in them. No engine may run.
+func MigrateDown(ctx context.Context, pool *pgxpool.Pool, schema string) error {
+	return migrate.Down(ctx, pool, cmp.Or(schema, DefaultSchema), line, migrations)
 }
 
-// SQL returns what [Migrate] does as a script, for those who migrate with a tool of their own.
-func SQL(schema string) (string, error) {
-	return migrate.SQL(schema, "saga", migrations())
+// MigrateSQL returns what Migrate does to a database without sagas, as a script for another tool.
+func MigrateSQL(schema string) (string, error) {
+	return migrate.SQL(cmp.Or(schema, DefaultSchema), line, migrations)
 }
 
 // statements holds the SQL, with the tables of a schema for SAGA and HISTORY.
 type statements struct {
-	peek, insert, load, claim, save, park, nextWake, get, find, history string
+	peek, insert, load, claim, save, postpone, park, nextWake, get, find, history string
 }
 
 func newStatements(quoted string) statements {
@@ -81,8 +79,11 @@ order by wake_at limit 1 for update skip locked`),
 		// The new state, fenced by the epoch that was read, with the history that led to it.
 		save: fill(`with saga as (
 	update SAGA set status = $9, state = $10, data = $11, epoch = epoch + 1, entries = $12, parked = '', wake_at = $13,
-		updated_at = clock_timestamp(), ended_at = case when $14 then clock_timestamp() end
+		updated_at = clock_timestamp(), ended_at = case when $14 then coalesce(ended_at, clock_timestamp()) end
 	where id = $7 and epoch = $8 returning id)` + logged),
+
+		// The timer of a saga whose transition failed, so that it holds up no other. By the primary key, locks the row.
+		postpone: fill(`update SAGA set wake_at = clock_timestamp() + $3::interval where id = $1 and epoch = $2`),
 
 		// Sagas that have been due for a while and whose plan this engine does not know, nor, it seems, any other. They stay
 		// due, so that an engine that does know the plan takes them up at once. By the index on wake_at, locks the rows.
@@ -117,6 +118,7 @@ type row struct {
 // link is what all messages of a saga carry on from the message that began it.
 type link struct{ correlation, traceparent, tracestate string }
 
+// scanRow reads what load and claim select; with an error it returns the row that the error is about, if there is one.
 func scanRow(r pgx.Row) (*row, error) {
 	var s row
 	var state []byte
@@ -126,7 +128,10 @@ func scanRow(r pgx.Row) (*row, error) {
 		return nil, err
 	}
 	s.now = s.now.UTC()
-	return &s, json.Unmarshal(state, &s.state)
+	if err := json.Unmarshal(state, &s.state); err != nil {
+		return &s, postrider.Errorf(postrider.DataLoss, "decode the state of saga %s: %w", s.id, err)
+	}
+	return &s, nil
 }
 
 // historyArgs are the first six parameters of the statements that append history.
@@ -188,12 +193,12 @@ func nullTime(t time.Time) *time.Time {
 
 // Get reads a saga. The error is NotFound when there is none.
 func (e *Engine) Get(ctx context.Context, id string) (*Instance, error) {
-	return e.instance(e.pool.QueryRow(ctx, e.sql.get, id), "get "+id)
+	return e.instance(e.pool.QueryRow(ctx, e.sql.get, id), "saga: get "+id)
 }
 
 // Find reads the saga of a plan with that business key, running or ended. The error is NotFound when there is none.
 func (e *Engine) Find(ctx context.Context, plan, key string) (*Instance, error) {
-	return e.instance(e.pool.QueryRow(ctx, e.sql.find, e.cfg.Name, plan, key), "find "+plan+" "+key)
+	return e.instance(e.pool.QueryRow(ctx, e.sql.find, e.cfg.Name, plan, key), "saga: find "+plan+" "+key)
 }
 
 func (e *Engine) instance(r pgx.Row, op string) (*Instance, error) {
@@ -209,7 +214,7 @@ func (e *Engine) instance(r pgx.Row, op string) (*Instance, error) {
 		err = json.Unmarshal(encoded, &s)
 	}
 	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, &postrider.Error{Code: postrider.NotFound, Op: "saga: " + op, Msg: "there is no such saga"}
+		return nil, &postrider.Error{Code: postrider.NotFound, Op: op, Msg: "there is no such saga"}
 	}
 	if err != nil {
 		return nil, unavailable(op, err)
@@ -243,16 +248,16 @@ func (e *Engine) stepName(hash string, n int) string {
 func (e *Engine) History(ctx context.Context, id string) ([]Entry, error) {
 	rows, err := e.pool.Query(ctx, e.sql.history, id)
 	if err != nil {
-		return nil, unavailable("history of "+id, err)
+		return nil, unavailable("saga: history of "+id, err)
 	}
 	entries, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Entry])
 	if err != nil {
-		return nil, unavailable("history of "+id, err)
+		return nil, unavailable("saga: history of "+id, err)
 	}
 	return entries, nil
 }
 
 // unavailable is what trouble with PostgreSQL is to others: to be tried again.
 func unavailable(op string, err error) error {
-	return &postrider.Error{Code: postrider.Unavailable, Op: "saga: " + op, Err: err}
+	return &postrider.Error{Code: postrider.Unavailable, Op: op, Err: err}
 }

@@ -19,6 +19,9 @@ import (
 // before it counts as one that nobody runs.
 const parkAfter = 10 * time.Second
 
+// postponed is the wait after a timer's transition that failed.
+const postponed = time.Second
+
 // Run fires due timers until ctx ends, finishes those in hand and returns nil. It outlives trouble with the database.
 // Replies are handled by [Engine.Handler], with or without it.
 func (e *Engine) Run(ctx context.Context) error {
@@ -63,18 +66,29 @@ func (e *Engine) poll(ctx context.Context) (time.Duration, error) {
 	return max(wait, 0), errors.Join(errs...)
 }
 
-// fire handles due timers one after the other until there are none or ctx ends.
+// fire handles due timers one after the other until there are none or ctx ends. A saga whose transition fails is tried
+// again later, so that it holds up no other.
 func (e *Engine) fire(ctx context.Context) (fired bool, err error) {
 	for ctx.Err() == nil {
-		work, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.DrainTimeout)
-		found, err := e.transact(work, func(*run) (event, error) { return event{kind: woken}, nil }, e.sql.claim, e.cfg.Name, e.hashes)
-		cancel()
-		if err != nil || !found {
+		again, err := e.fireOne(context.WithoutCancel(ctx))
+		if err != nil || !again {
 			return fired, err
 		}
 		fired = true
 	}
 	return fired, nil
+}
+
+func (e *Engine) fireOne(ctx context.Context) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
+	defer cancel()
+	saga, err := e.transact(ctx, func(*run) (event, error) { return event{kind: woken}, nil }, e.sql.claim, e.cfg.Name, e.hashes)
+	if err == nil || saga == nil {
+		return saga != nil, err
+	}
+	e.log.WarnContext(ctx, "saga: a timer's transition failed", slog.String("saga", saga.id), slog.String("plan", saga.plan), slog.Any("err", err))
+	_, err = e.pool.Exec(ctx, e.sql.postpone, saga.id, saga.epoch, postponed)
+	return true, err
 }
 
 // park marks the sagas that nobody runs.

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/postrider/postrider"
 )
@@ -206,8 +207,8 @@ func (e *Engine) handleReply(ctx context.Context, m *postrider.Message) error {
 	if err != nil {
 		return fmt.Errorf("saga: reply %s: %w", m.ID, err)
 	}
-	found, err := e.transact(ctx, func(r *run) (event, error) { return r.receive(a, m) }, e.sql.load, a.saga, e.cfg.Name)
-	if err == nil && !found {
+	saga, err := e.transact(ctx, func(r *run) (event, error) { return r.receive(a, m) }, e.sql.load, a.saga, e.cfg.Name)
+	if err == nil && saga == nil {
 		err = postrider.Errorf(postrider.NotFound, "engine %s has no saga %s", e.cfg.Name, a.saga)
 	}
 	if err != nil {
@@ -217,51 +218,54 @@ func (e *Engine) handleReply(ctx context.Context, m *postrider.Message) error {
 }
 
 // transact is one transition: it reads and locks a saga with the given query, applies an event, and commits the new
-// state, its history and its messages. False: the query found none.
-func (e *Engine) transact(ctx context.Context, what func(*run) (event, error), query string, args ...any) (found bool, err error) {
+// state, its history and its messages. It returns the saga, nil when the query found none.
+func (e *Engine) transact(ctx context.Context, what func(*run) (event, error), query string, args ...any) (*row, error) {
 	conn, err := e.pool.Acquire(ctx)
 	if err != nil {
-		return false, unavailable("connect", err)
+		return nil, unavailable("connect", err)
 	}
 	defer conn.Release()
 	tx, err := conn.Begin(ctx)
 	if err != nil {
-		return false, unavailable("begin", err)
+		return nil, unavailable("begin", err)
 	}
-	committed := false
-	defer func() {
-		if !committed { // a connection that cannot roll back is closed by its release
-			_ = tx.Rollback(context.WithoutCancel(ctx))
-		}
-	}()
 	loaded, err := scanRow(tx.QueryRow(ctx, query, args...))
-	if errors.Is(err, pgx.ErrNoRows) {
-		return false, nil
+	r := &run{row: loaded, engine: e}
+	if err == nil {
+		err = r.perform(ctx, conn, tx, what)
 	}
-	if err != nil {
-		return false, unavailable("load", err)
+	if err != nil { // a connection that cannot roll back is closed by its release
+		_ = tx.Rollback(context.WithoutCancel(ctx))
 	}
-	r := &run{row: loaded, def: e.plans[loaded.hash], engine: e}
-	if r.def == nil {
-		return true, postrider.Errorf(postrider.Unavailable,
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, nil
+	case err != nil && postrider.Retryable(err):
+		return loaded, unavailable("transition", err)
+	case err != nil:
+		return loaded, err
+	}
+	e.told(ctx, r)
+	return loaded, nil
+}
+
+// perform is what happens in a transition's transaction once the saga is loaded. It commits.
+func (r *run) perform(ctx context.Context, conn *pgxpool.Conn, tx pgx.Tx, what func(*run) (event, error)) error {
+	if r.def = r.engine.plans[r.hash]; r.def == nil {
+		return postrider.Errorf(postrider.Unavailable,
 			"saga %s runs plan %s version %d with hash %s, which this engine does not have: keep old plans registered until their sagas have ended",
 			r.id, r.plan, r.version, r.hash)
 	}
-	outbox := e.outbox.In(tx)
+	outbox := r.engine.outbox.In(tx)
 	r.publish = func(ctx context.Context, m *postrider.Message) error { return outbox.Publish(ctx, m) }
-	ev, err := what(r)
+	e, err := what(r)
 	if err != nil {
-		return true, err
+		return err
 	}
-	if err := r.advance(ctx, ev); err != nil {
-		return true, unavailable("publish for "+r.id, err)
+	if err := r.advance(ctx, e); err != nil {
+		return err
 	}
-	if err := e.save(ctx, conn, r.row, r.history); err != nil {
-		return true, unavailable("save "+r.id, err)
-	}
-	committed = true
-	e.told(ctx, r)
-	return true, nil
+	return r.engine.save(ctx, conn, r.row, r.history)
 }
 
 // told lets those know who wait for what has been committed.
