@@ -1,7 +1,6 @@
 package saga
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -42,34 +41,64 @@ type world struct {
 }
 
 type compactStep struct {
-	phase   Phase
-	attempt int
+	phase   int8 // index in phases
+	attempt int8
 	resting bool
 }
 
+var phases = []Phase{"", Doing, Done, Refused, Unknown, Undoing, Undone}
+
+func (s compactStep) inHand() bool { return phases[s.phase] == Doing || phases[s.phase] == Undoing }
+
 type participant struct {
-	state   Phase // Done, Refused, Undone; Unknown stands for barred by an undo
+	state   barrier
 	did, un int8
 }
 
+type barrier int8
+
+const (
+	fresh barrier = iota
+	done
+	refused
+	barred // its undo came first
+	undone
+)
+
 // packet is a message under way.
 type packet struct {
-	reply   bool
-	step    int
-	op      Op
-	attempt int
-	kind    eventKind // of a reply
+	reply, undo   bool
+	step, attempt int8
+	kind          eventKind // of a reply
+}
+
+func (p packet) op() Op {
+	if p.undo {
+		return OpUndo
+	}
+	return OpDo
+}
+
+func (p packet) String() string {
+	what := "command"
+	if p.reply {
+		what = [...]string{answeredOK: "ok", answeredNo: "refusal", failed: "error"}[p.kind]
+	}
+	return fmt.Sprintf("%s n%d/%s/%d", what, p.step, p.op(), p.attempt)
 }
 
 func comparePackets(a, b packet) int {
-	flag := func(b bool) int {
-		if b {
-			return 1
+	rank := func(p packet) int {
+		n := (int(p.step)*16+int(p.attempt))*16 + int(p.kind)
+		if p.reply {
+			n += 1 << 14
 		}
-		return 0
+		if p.undo {
+			n += 1 << 15
+		}
+		return n
 	}
-	return cmp.Or(a.step-b.step, strings.Compare(string(a.op), string(b.op)), a.attempt-b.attempt, flag(a.reply)-flag(b.reply),
-		int(a.kind)-int(b.kind))
+	return rank(a) - rank(b)
 }
 
 // exploration is one walk.
@@ -168,7 +197,7 @@ func (x *exploration) expand(w world) {
 		if i > 0 && w.net[i] == w.net[i-1] {
 			continue
 		}
-		name := fmt.Sprintf("%+v", w.net[i])
+		name := w.net[i].String()
 		for _, o := range x.deliver(w, i, true) {
 			x.visit(o.w, w, "deliver "+name+o.how)
 		}
@@ -212,10 +241,10 @@ func (x *exploration) deliver(w world, i int, remove bool) []outcome {
 		w.remove(i)
 	}
 	if p.reply {
-		x.apply(&w, event{kind: p.kind, step: p.step, op: p.op, attempt: p.attempt}, epoch)
+		x.apply(&w, event{kind: p.kind, step: int(p.step), op: p.op(), attempt: int(p.attempt)}, epoch)
 		return []outcome{{w, ""}}
 	}
-	if p.op == OpUndo {
+	if p.undo {
 		return []outcome{{x.undo(w, p), ""}}
 	}
 	return x.do(w, p)
@@ -228,22 +257,22 @@ func (x *exploration) do(w world, p packet) []outcome {
 		w.reply(p, kind)
 		return []outcome{{w, ""}}
 	}
-	fresh := part.state == "" ||
-		part.state == Done && x.rules.forgetsAnswer ||
-		part.state == Refused && x.rules.forgetsRefusal ||
-		part.state == Unknown && x.rules.admitsLate
+	admitted := part.state == fresh ||
+		part.state == done && x.rules.forgetsAnswer ||
+		part.state == refused && x.rules.forgetsRefusal ||
+		part.state == barred && x.rules.admitsLate
 	switch {
-	case !fresh && part.state == Done:
+	case !admitted && part.state == done:
 		return answer(answeredOK)
-	case !fresh:
+	case !admitted:
 		return answer(answeredNo)
 	}
-	part.state = Done
+	part.state = done
 	part.did++
 	all := answer(answeredOK)
 	if x.m.nodes[p.step].kind != retriable {
 		w = before
-		part.state = Refused
+		part.state = refused
 		for _, o := range answer(answeredNo) {
 			all = append(all, outcome{o.w, ", refused"})
 		}
@@ -261,11 +290,11 @@ func (x *exploration) do(w world, p packet) []outcome {
 func (x *exploration) undo(w world, p packet) world {
 	part := &w.parts[p.step]
 	switch {
-	case part.state == Done:
-		part.state = Undone
+	case part.state == done:
+		part.state = undone
 		part.un++
-	case part.state == "" || part.state == Refused:
-		part.state = Unknown
+	case part.state == fresh || part.state == refused:
+		part.state = barred
 		if x.rules.undoesNothing {
 			part.un++
 		}
@@ -302,12 +331,12 @@ func (x *exploration) apply(w *world, e event, now time.Time) {
 	}
 	for i := range s.Steps {
 		c := w.steps[i]
-		s.Steps[i] = stepState{Phase: c.phase, Attempt: c.attempt, Resting: c.resting}
-		if c.phase == Doing || c.phase == Undoing {
+		s.Steps[i] = stepState{Phase: phases[c.phase], Attempt: int(c.attempt), Resting: c.resting}
+		if c.inHand() {
 			s.Steps[i].WakeAt = atStep
 			if x.rules.matchesNothing && e.kind != started && e.kind != woken {
-				e.step, e.attempt, e.op = i, c.attempt, OpDo
-				if c.phase == Undoing {
+				e.step, e.attempt, e.op = i, int(c.attempt), OpDo
+				if phases[c.phase] == Undoing {
 					e.op = OpUndo
 				}
 			}
@@ -316,7 +345,7 @@ func (x *exploration) apply(w *world, e event, now time.Time) {
 	s, entries := x.m.apply(s, e, now)
 	w.status, w.deadline = s.Status, !s.Deadline.IsZero()
 	for i, c := range s.Steps {
-		w.steps[i] = compactStep{c.Phase, c.Attempt, c.Resting}
+		w.steps[i] = compactStep{int8(slices.Index(phases, c.Phase)), int8(c.Attempt), c.Resting}
 	}
 	for _, h := range entries {
 		switch {
@@ -326,7 +355,7 @@ func (x *exploration) apply(w *world, e event, now time.Time) {
 		}):
 			x.apply(w, event{kind: answeredOK, step: x.m.index(h.Step), op: OpUndo}, now)
 		default:
-			w.add(packet{step: x.m.index(h.Step), op: h.Op, attempt: h.Attempt})
+			w.add(packet{step: int8(x.m.index(h.Step)), undo: h.Op == OpUndo, attempt: int8(h.Attempt)})
 		}
 	}
 }

@@ -321,3 +321,32 @@ func TestChaos(t *testing.T) {
 		}
 	})
 }
+
+func TestMigrate(t *testing.T) {
+	t.Parallel()
+	pool, ctx := postridertest.Postgres(t), t.Context()
+	for range 2 {
+		for range 2 { // up twice does nothing
+			if err := saga.Migrate(ctx, pool, ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := saga.MigrateDown(ctx, pool, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	script, err := saga.MigrateSQL("other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(ctx, script); err != nil {
+		t.Fatal(err)
+	}
+	e, err := saga.NewEngine(pool, nil, saga.Config{Name: "orders", Schema: "other"}, PlaceOrder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Find(ctx, "order.place", "o-1"); !errors.Is(err, postrider.NotFound) {
+		t.Errorf("found in the tables of a script: %v", err)
+	}
+}
