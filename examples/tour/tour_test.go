@@ -1,0 +1,64 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/postrider/postrider/postridertest"
+)
+
+func TestMain(m *testing.M) { os.Exit(postridertest.Main(m)) }
+
+func TestTour(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var out bytes.Buffer
+	if err := tour(ctx, &out); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"event: mail to Åse", "call: chai costs 1800", `there is no "gold" in the catalog (NOT_FOUND)`,
+		"saga: o-2 is completed", "saga: o-3 is compensated", "the card of Bob is refused",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the tour did not print %q:\n%s", want, out.String())
+		}
+	}
+}
+
+// TestReadmeQuotesTheTour holds every piece of Go in the README to a file that is compiled and run here.
+func TestReadmeQuotesTheTour(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile(filepath.Join("..", "..", "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var code strings.Builder
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		code.Write(b)
+	}
+	pieces := strings.Split(string(readme), "```go\n")[1:]
+	if len(pieces) < 5 {
+		t.Errorf("the README has %d pieces of Go, want contract, handler, transaction, call and saga", len(pieces))
+	}
+	for _, p := range pieces {
+		p, _, _ = strings.Cut(p, "```")
+		if !strings.Contains(code.String(), p) {
+			t.Errorf("the README shows what is in no file of the tour:\n%s", p)
+		}
+	}
+}
