@@ -215,7 +215,7 @@ func canonical(value any) (string, error) {
 	case []byte:
 		return base64.StdEncoding.EncodeToString(v), nil
 	case time.Time:
-		return v.Format(time.RFC3339Nano), checkTime(v)
+		return v.UTC().Format(time.RFC3339Nano), checkTime(v)
 	case *url.URL:
 		if v == nil {
 			return "", errors.New("the *url.URL is nil")
@@ -233,10 +233,10 @@ func canonical(value any) (string, error) {
 	}
 }
 
-// checkTime refuses what RFC 3339 cannot write.
+// checkTime refuses what RFC 3339 or google.protobuf.Timestamp cannot write.
 func checkTime(t time.Time) error {
-	if y := t.Year(); y < 0 || y > 9999 {
-		return fmt.Errorf("must be in the years 0 to 9999 of RFC 3339, is in %d", y)
+	if y := t.UTC().Year(); y < 1 || y > 9999 {
+		return fmt.Errorf("must be in the years 1 to 9999, is in %d", y)
 	}
 	return nil
 }

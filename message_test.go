@@ -56,8 +56,8 @@ func stricter(m *postrider.Message) string {
 			return "the CloudEvents type String excludes it; the SDK does not look"
 		}
 	}
-	if y := m.Time.Year(); y < 0 || y > 9999 {
-		return "RFC 3339 has years of four digits"
+	if y := m.Time.UTC().Year(); y < 1 || y > 9999 {
+		return "RFC 3339 has years of four digits, google.protobuf.Timestamp begins with year 1"
 	}
 	return ""
 }
@@ -131,6 +131,9 @@ func TestValidateNamesTheAttribute(t *testing.T) {
 		"broken UTF-8":           {func(m *postrider.Message) { m.Subject = "a\xff" }, "attribute subject is not valid UTF-8"},
 		"year 10000": {
 			func(m *postrider.Message) { m.Time = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, "attribute time must be",
+		},
+		"year 0": {
+			func(m *postrider.Message) { m.Time = time.Date(0, 1, 1, 0, 0, 0, 0, time.UTC) }, "attribute time must be",
 		},
 		"extension name": {
 			func(m *postrider.Message) { m.Extensions = postrider.Extensions{{Name: "a-b", Value: "1"}} },
@@ -227,6 +230,7 @@ func TestSetExtensionWritesCanonicalForm(t *testing.T) {
 	for _, value := range []any{
 		true, false, 0, -1, math.MaxInt32, math.MinInt32, int32(7), "text", "ü€😀", []byte("binary\x00"), link,
 		time.Date(2018, 4, 5, 17, 31, 0, 0, time.UTC), time.Date(2018, 4, 5, 17, 31, 0, 123456789, time.UTC),
+		time.Date(2018, 4, 5, 17, 31, 0, 0, time.FixedZone("", 5400)),
 	} {
 		want, err := types.Format(value)
 		if err != nil {

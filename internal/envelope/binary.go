@@ -5,6 +5,7 @@ import (
 	"net/url"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/postrider/postrider"
 )
@@ -26,12 +27,15 @@ func Headers(m *postrider.Message, fn func(name, value string)) {
 		fn("subject", m.Subject)
 	}
 	if !m.Time.IsZero() {
-		fn("time", m.Time.Format(time.RFC3339Nano))
+		fn("time", formatTime(m.Time))
 	}
 	for _, x := range m.Extensions {
 		fn(x.Name, x.Value)
 	}
 }
+
+// formatTime is the form in which all formats write a time: in UTC, because RFC 3339 cannot write every offset.
+func formatTime(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
 
 // SetHeader sets the attribute of m that a binary mode carries under name. An attribute that CloudEvents does not allow
 // is an error.
@@ -85,7 +89,7 @@ func Unescape(s string) string {
 	if !strings.Contains(s, "%") {
 		return s
 	}
-	if t, err := url.PathUnescape(s); err == nil {
+	if t, err := url.PathUnescape(s); err == nil && utf8.ValidString(t) {
 		return t
 	}
 	return s

@@ -118,6 +118,9 @@ var errProtoData = errors.New("proto_data holds a google.protobuf.Any, which Pos
 // [postrider.Message.Validate] checks the attributes.
 func ParseProto(b []byte, m *postrider.Message) error {
 	err := fields(b, func(num protowire.Number, v value) error {
+		if v.kind != protowire.BytesType {
+			return nil // not a field that we know
+		}
 		switch num {
 		case fieldID:
 			m.ID = string(v.bytes)
@@ -148,12 +151,22 @@ func parseAttribute(b []byte, m *postrider.Message) error {
 	var name, text string
 	var at time.Time
 	err := fields(b, func(num protowire.Number, v value) error {
+		if v.kind != protowire.BytesType {
+			return nil
+		}
 		switch num {
 		case 1:
 			name = string(v.bytes)
 		case 2:
-			return fields(v.bytes, func(kind protowire.Number, v value) (err error) {
-				switch kind {
+			return fields(v.bytes, func(num protowire.Number, v value) (err error) {
+				want := protowire.BytesType
+				if num == valueBoolean || num == valueInteger {
+					want = protowire.VarintType
+				}
+				if v.kind != want {
+					return nil
+				}
+				switch num {
 				case valueBoolean:
 					text = strconv.FormatBool(v.varint != 0)
 				case valueInteger:
@@ -164,7 +177,7 @@ func parseAttribute(b []byte, m *postrider.Message) error {
 					text = base64.StdEncoding.EncodeToString(v.bytes)
 				case valueTimestamp:
 					at, err = parseTime(v.bytes)
-					text = at.Format(time.RFC3339Nano)
+					text = formatTime(at)
 				}
 				return err
 			})
@@ -203,19 +216,26 @@ func setAttribute(m *postrider.Message, name, text string, at time.Time) (err er
 func parseTime(b []byte) (time.Time, error) {
 	var sec, ns int64
 	err := fields(b, func(num protowire.Number, v value) error {
-		switch num {
-		case 1:
+		switch {
+		case v.kind != protowire.VarintType:
+		case num == 1:
 			sec = int64(v.varint)
-		case 2:
+		case num == 2:
 			ns = int64(int32(v.varint))
 		}
 		return nil
 	})
+	// The limits of google.protobuf.Timestamp: the years 1 to 9999 of RFC 3339.
+	if err == nil && (sec < -62135596800 || sec > 253402300799 || ns < 0 || ns > 999999999) {
+		err = fmt.Errorf("timestamp of %d s and %d ns is out of range", sec, ns)
+	}
 	return time.Unix(sec, ns).UTC(), err
 }
 
-// value is the value of one field: bytes for length-delimited ones, varint for the rest.
+// value is the value of one field: bytes or varint, by its kind on the wire. A field whose kind is not the expected one is
+// as good as unknown, in protobuf.
 type value struct {
+	kind   protowire.Type
 	bytes  []byte
 	varint uint64
 }
@@ -228,7 +248,7 @@ func fields(b []byte, fn func(protowire.Number, value) error) error {
 			return protowire.ParseError(n)
 		}
 		b = b[n:]
-		var v value
+		v := value{kind: typ}
 		switch typ {
 		case protowire.BytesType:
 			v.bytes, n = protowire.ConsumeBytes(b)
