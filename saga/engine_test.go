@@ -102,7 +102,7 @@ func TestRefused(t *testing.T) {
 func TestLateReply(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 60*time.Millisecond, 3)
 	e, _ := b.engine(plan)
 	b.set(func() { b.hold = "/charge/do" })
 	id := b.start(e, plan, &Order{ID: "o-1"})
@@ -130,12 +130,12 @@ func TestLateReply(t *testing.T) {
 func TestNeverAnswers(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 500*time.Millisecond, 3)
 	e, _ := b.engine(plan)
 	b.shop.does("charge/do", hang)
 	id := b.start(e, plan, &Order{ID: "o-1"})
 	i := b.wait(e, id)
-	if i.Status != saga.Compensated || !strings.HasPrefix(i.Cause, "charge was given up after 3 attempts: no reply within 60ms") {
+	if i.Status != saga.Compensated || !strings.HasPrefix(i.Cause, "charge was given up after 3 attempts: no reply within 500ms") {
 		t.Errorf("the saga is %s because %q", i.Status, i.Cause)
 	}
 	if got := b.story(e, id); !strings.Contains(got, "gave_up charge/do 3\nsent charge/undo 1\n") {
@@ -150,7 +150,7 @@ func TestNeverAnswers(t *testing.T) {
 func TestPivotNeverGivesUp(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 30*time.Second, 3)
 	e, _ := b.engine(plan)
 	b.shop.does("ship/do", func(int) error { return postrider.Errorf(postrider.Unavailable, "the courier is asleep") })
 	id := b.start(e, plan, &Order{ID: "o-1"})
@@ -174,7 +174,7 @@ func TestPivotNeverGivesUp(t *testing.T) {
 func TestUndoGoesOn(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 30*time.Second, 3)
 	e, _ := b.engine(plan)
 	b.shop.does("ship/do", refusal)
 	b.shop.does("charge/undo", func(n int) error {
@@ -206,7 +206,7 @@ func TestUndoGoesOn(t *testing.T) {
 func TestDeadline(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t, on.Deadline(150*time.Millisecond))
+	plan := quick(t, 30*time.Second, 3, on.Deadline(150*time.Millisecond))
 	e, _ := b.engine(plan)
 	b.shop.does("charge/do", func(int) error { return postrider.RetryAfter(time.Hour, errors.New("come back later")) })
 	id := b.start(e, plan, &Order{ID: "o-1"})

@@ -22,7 +22,7 @@ import (
 func TestTakeover(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 200*time.Millisecond, -1)
 	first, crash := b.engine(plan)
 	lost := make(chan struct{}, 100)
 	b.set(func() {
@@ -108,7 +108,7 @@ func TestOutboxInTrouble(t *testing.T) {
 func TestOutboxRefuses(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 60*time.Millisecond, 3)
 	e, _ := b.engine(plan)
 	b.set(func() { b.hold = "/reserve/do" })
 	id := b.start(e, plan, &Order{ID: "o-1"})
@@ -155,7 +155,7 @@ func TestDatabaseGone(t *testing.T) {
 func TestUnknownPlan(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 60*time.Millisecond, -1)
 	first, crash := b.engine(plan)
 	b.set(func() { b.hold = "/reserve/do" })
 	id := b.start(first, plan, &Order{ID: "o-1"})
@@ -201,7 +201,7 @@ func TestUnknownPlan(t *testing.T) {
 func TestSickSaga(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 200*time.Millisecond, -1)
 	idle, err := saga.NewEngine(b.pool, b, saga.Config{Name: "orders"}, plan)
 	if err != nil {
 		t.Fatal(err)
@@ -231,7 +231,7 @@ func TestSickSaga(t *testing.T) {
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	plan := quick(t)
+	plan := quick(t, 250*time.Millisecond, 4)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))

@@ -391,12 +391,12 @@ func (b *bed) inEffect(id string) (n int) {
 func refusal(int) error { return postrider.Errorf(postrider.FailedPrecondition, "sold out") }
 func hang(int) error    { return errHang }
 
-// quick is PlaceOrder with short times, for tests in which attempts time out.
-func quick(t testing.TB, parts ...saga.Part[Order]) *saga.Plan[Order] {
+// quick is PlaceOrder with quick retries, for tests in which attempts fail or time out.
+func quick(t testing.TB, timeout time.Duration, attempts int, parts ...saga.Part[Order]) *saga.Plan[Order] {
 	t.Helper()
 	opts := []saga.StepOption[Order]{
-		on.Timeout(60 * time.Millisecond),
-		on.Policy(postrider.RetryPolicy{Attempts: 3, Initial: time.Millisecond, Max: 5 * time.Millisecond}),
+		on.Timeout(timeout),
+		on.Policy(postrider.RetryPolicy{Attempts: attempts, Initial: time.Millisecond, Max: 5 * time.Millisecond}),
 	}
 	undo := func(m *postrider.Method[UndoReq, Undone]) saga.StepOption[Order] {
 		return saga.Undo(saga.Send(m, func(*Order) *UndoReq { return &UndoReq{} }), opts...)
