@@ -42,6 +42,10 @@
 //
 //	insert into postrider.postrider_outbox (topic, data) values ('orders.placed.v1', '{"id":"o-1"}');
 //
+// To keep the order of a key among Go and SQL writers, take the same lock first, with the schema before the key:
+//
+//	select pg_advisory_xact_lock(hashtextextended('postrider_outbox.' || 'postrider' || '.' || 'Ada', 0));
+//
 // # Poolers
 //
 // Nothing here depends on a session: no LISTEN, no session lock, no SET. PgBouncer in transaction mode works with a pool whose

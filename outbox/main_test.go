@@ -151,15 +151,13 @@ func (b *broker) set(change func(*broker)) {
 	change(b)
 }
 
-func (b *broker) ids() []string {
+func (b *broker) copy() []*postrider.Message {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	ids := make([]string, len(b.accepted))
-	for i, m := range b.accepted {
-		ids[i] = m.ID
-	}
-	return ids
+	return slices.Clone(b.accepted)
 }
+
+func (b *broker) ids() []string { return ids(b.copy()) }
 
 // wantIDs waits until exactly these messages are accepted, in this order.
 func wantIDs(t testing.TB, b *broker, want ...string) {

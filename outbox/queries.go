@@ -15,7 +15,7 @@ func newQueries(schema string) queries {
 	in := func(sql string) string { return migrate.In(schema, sql) }
 	return queries{
 		// Takes the transaction-scoped advisory locks of some keys, in the order of their hashes, so that two of these
-		// statements cannot deadlock. A key is prefixed by its schema. SQL writers may take the same locks.
+		// statements cannot deadlock. A key is prefixed by its schema. The package's documentation tells SQL writers of it.
 		lockKeys: `
 			select pg_advisory_xact_lock(h) from (
 				select distinct hashtextextended('postrider_outbox.' || k, 0) as h from unnest($1::text[]) as k order by h

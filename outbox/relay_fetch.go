@@ -76,6 +76,7 @@ func (t *term) probe() (snapshot, error) {
 		return snapshot{}, errServerRestarted
 	}
 	t.highest, t.skew = highest, time.Since(now)
+	t.measure()
 	return parseSnapshot(text)
 }
 

@@ -24,6 +24,8 @@ var errServerRestarted = errors.New("outbox: the database server was restarted")
 
 // lead reads pages and has them sent until stop ends, which is a nil error, or the term does.
 func (t *term) lead(stop context.Context) error {
+	t.r.oldest.Store(0)
+	t.measure()
 	t.r.leading.Store(true)
 	defer t.r.leading.Store(false)
 	defer t.conn.Release()
@@ -156,7 +158,8 @@ func (t *term) settle(res result) error {
 	t.unwritten += len(res.page.rows)
 	t.r.published.Add(uint64(len(res.page.rows) - len(res.dead)))
 	t.r.died.Add(uint64(len(res.dead)))
-	t.r.depth.Store(max(0, t.highest-res.page.upTo))
+	t.settled = max(t.settled, res.page.upTo)
+	t.measure()
 	if t.inFlight == 0 {
 		t.r.oldest.Store(0)
 	} else {
@@ -164,6 +167,9 @@ func (t *term) settle(res result) error {
 	}
 	return nil
 }
+
+// measure updates the depth that Stats tells.
+func (t *term) measure() { t.r.depth.Store(max(0, t.highest-t.settled)) }
 
 // bury copies rows to the dead letters.
 func (t *term) bury(dead []refusal) error {

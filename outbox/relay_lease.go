@@ -56,6 +56,7 @@ type term struct {
 	done    cursor        // without
 	highest int64         // number last read from the sequence ...
 	floor   int64         // ... and before the cursor write that committed last
+	settled int64         // numbers up to here are done, or were open
 	skew    time.Duration // our clock less the server's
 	behind  int64         // page.since of the last page in flight
 
@@ -110,7 +111,8 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string)
 	if t.done, err = s.load(); err != nil {
 		return nil, fmt.Errorf("outbox: read cursor: %w", err)
 	}
-	t.reading, t.floor, t.written = t.done, t.done.floor, begun
+	t.reading, t.floor, t.settled = t.done, t.done.floor, t.done.floor
+	t.written = begun.Add(-writeInterval) // the first page is written down at once: terms may be short
 	t.ctx, t.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	t.expiry = time.AfterFunc(t.left(begun), func() { t.cancel(errLeaseLost) })
 	return t, nil
@@ -190,6 +192,7 @@ func (t *term) write(ctx context.Context, release bool) error {
 	// The order matters: highest was read after this write took its xid, so it is good for the next one only.
 	t.floor, t.highest = t.highest, max(t.highest, highest)
 	t.written, t.unwritten = asked, 0
+	t.measure()
 	t.expiry.Reset(t.left(asked))
 	return nil
 }

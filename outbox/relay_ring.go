@@ -31,7 +31,7 @@ func (t *term) keepRing() error {
 	case err == nil || hasState(err, lockUnavailable):
 		t.ringError = ""
 		return nil
-	case !errors.As(err, &refused):
+	case !errors.As(err, &refused) || t.conn.Conn().IsClosed():
 		return fmt.Errorf("outbox: keep ring: %w", err)
 	case refused.Code != t.ringError:
 		t.ringError = refused.Code
