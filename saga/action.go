@@ -21,9 +21,9 @@ type action struct {
 	apply func(data any, reply *postrider.Message) error
 }
 
-// Call sends a durable command made from the saga's data and takes its response into them. Both functions are plain
-// changes of values: they may run more than once for one step, and must not do anything else. take must be free of
-// effects when it panics or the data have grown too large, since those are then dropped.
+// Call sends a durable command made from the saga's data, and takes its response into them. Both functions only turn
+// values into values: they run inside a database transaction, may run more than once for one step, and what take did is
+// dropped when it panics or leaves data that are too large.
 func Call[D, Req, Res any](m *postrider.Method[Req, Res], request func(*D) *Req, take func(*D, *Res)) Action[D] {
 	a := command(m, request)
 	a.verb = "call"

@@ -24,7 +24,7 @@
 //		saga.Then("announce", saga.Publish(OrderShipped, func(o *Order) *Shipped { return &Shipped{o.ID} })))
 //
 //	engine, err := saga.NewEngine(pool, ob, saga.Config{Name: "orders"}, PlaceOrder)
-//	err = b.Subscribe(engine.Handler(), bus.Group("orders"))
+//	err = b.Subscribe(engine.Handler(), bus.Group("orders"), bus.From(bus.DeliverAll))
 //	err = postrider.Run(ctx, b, engine, relay)
 //
 //	id, err := PlaceOrder.Start(ctx, engine.In(tx), &order) // in the transaction that writes the order

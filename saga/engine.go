@@ -118,7 +118,7 @@ func NewEngine(pool *pgxpool.Pool, ob Outbox, cfg Config, plans ...AnyPlan) (*En
 }
 
 // Handler returns the handler of the replies to this engine's commands, to be subscribed on the bus under a group that
-// all instances share.
+// all instances share and that begins with the oldest message. A reply that is lost costs its attempt's time-out, no more.
 func (e *Engine) Handler() postrider.Handler {
 	return postrider.RawHandler(e.replyTopic(), e.handleReply)
 }
