@@ -49,7 +49,7 @@ func (c *chaos) Run(ctx context.Context) error {
 	}
 	defer db.Close(context.WithoutCancel(ctx))
 	for {
-		pause(ctx, time.Duration(100+c.throw(200))*time.Millisecond)
+		pause(ctx, time.Duration(100+c.throw(400))*time.Millisecond)
 		if ctx.Err() != nil {
 			return nil
 		}

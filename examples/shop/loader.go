@@ -31,11 +31,19 @@ type tally struct {
 	accepted    map[int64]Receipt
 	completed   int
 	compensated int
-	bad         []string        // what was wrong with lines of the input, with their numbers
-	lost        []string        // orders whose end was not seen
+	bad         []complaint     // lines of the input that were rejected
+	lost        []complaint     // lines whose order was not seen to end
 	calls       []time.Duration // of each call that placed an order
 	repeated    int             // calls that were made again after a failure that passes
 }
+
+// complaint is what is wrong with a line of the input.
+type complaint struct {
+	line int
+	err  error
+}
+
+func (c complaint) String() string { return fmt.Sprintf("line %d: %v", c.line, c.err) }
 
 // job is one line of the input.
 type job struct {
@@ -151,11 +159,11 @@ func persist[Req, Res any](ctx context.Context, l *loader, m *postrider.Method[R
 }
 
 func (l *loader) reject(line int, err error) {
-	text := fmt.Sprintf("line %d: %v", line, err)
-	l.progress.say("rejected: " + text)
+	c := complaint{line, err}
+	l.progress.say("rejected: " + c.String())
 	l.tally.mu.Lock()
 	defer l.tally.mu.Unlock()
-	l.tally.bad = append(l.tally.bad, text)
+	l.tally.bad = append(l.tally.bad, c)
 }
 
 func (t *tally) line() {
@@ -186,7 +194,7 @@ func (t *tally) end(o *Outcome) {
 func (t *tally) lose(j job, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.lost = append(t.lost, fmt.Sprintf("line %d: order %d has not ended: %v", j.line, j.order.ID, err))
+	t.lost = append(t.lost, complaint{j.line, fmt.Errorf("order %d has not ended: %w", j.order.ID, err)})
 }
 
 func (t *tally) call(took time.Duration) {

@@ -101,11 +101,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		fmt.Fprintln(stderr, "shop:", err)
 		return 2
 	}
-	level := slog.LevelError
-	if o.verbose {
-		level = slog.LevelDebug
-	}
-	at := servers{nats: o.nats, postgres: o.postgres, log: slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))}
+	at := servers{nats: o.nats, postgres: o.postgres, log: o.logger(stderr)}
 	good := true
 	switch o.service {
 	case "":
@@ -126,6 +122,18 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return 1
 	}
 	return 0
+}
+
+// logger logs what an operator of a service needs. A demo in one process shows nothing but its report.
+func (o *options) logger(w io.Writer) *slog.Logger {
+	switch {
+	case o.verbose:
+		return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	case o.service != "":
+		return slog.New(slog.NewTextHandler(w, nil))
+	default:
+		return slog.New(slog.DiscardHandler)
+	}
 }
 
 // runAll starts the servers that are not given and the four services, and puts the orders through.

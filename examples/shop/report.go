@@ -68,13 +68,15 @@ func printWhy(w io.Writer, why map[string]int) {
 	}
 }
 
-func printList(w io.Writer, what string, list []string) {
-	for i, text := range list {
+// printList prints what is wrong with lines, in their order.
+func printList(w io.Writer, what string, list []complaint) {
+	slices.SortFunc(list, func(a, b complaint) int { return cmp.Compare(a.line, b.line) })
+	for i, c := range list {
 		if i == shown {
 			fmt.Fprintf(w, "  and %d more\n", len(list)-shown)
 			return
 		}
-		fmt.Fprintf(w, "  %s: %s\n", what, text)
+		fmt.Fprintf(w, "  %s: %s\n", what, c)
 	}
 }
 

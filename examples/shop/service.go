@@ -101,7 +101,7 @@ func (s *service) openDatabase(ctx context.Context, url string) error {
 	if err != nil {
 		return fmt.Errorf("address of PostgreSQL: %w", err)
 	}
-	cfg.MaxConns = 16
+	cfg.MaxConns = 12
 	cfg.ConnConfig.ConnectTimeout = 3 * time.Second
 	cfg.ConnConfig.RuntimeParams["application_name"] = "shop-" + s.name
 	cfg.ConnConfig.RuntimeParams["search_path"] = s.schema
@@ -121,7 +121,7 @@ func (s *service) openDatabase(ctx context.Context, url string) error {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("create the tables of %s: %w", s.name, err)
+		return fmt.Errorf("prepare schema %s in PostgreSQL: %w", s.schema, err)
 	}
 	return nil
 }
