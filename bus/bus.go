@@ -172,21 +172,8 @@ func (b *Bus) Run(ctx context.Context) error {
 	b.running = true
 	subs := b.subs
 	b.mu.Unlock()
-	for attempt := 1; ; attempt++ {
-		err := b.start(ctx, subs)
-		if err == nil {
-			break
-		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		if !postrider.Retryable(err) {
-			return err
-		}
-		b.log.Warn("cannot start yet", "error", err)
-		if backoff.Wait(ctx, startRetry, attempt) != nil {
-			return nil
-		}
+	if err := b.start(ctx, subs); err != nil || ctx.Err() != nil {
+		return err
 	}
 	close(b.started)
 	errs := make([]error, len(subs))
@@ -202,8 +189,20 @@ func (b *Bus) Run(ctx context.Context) error {
 // startRetry spaces the attempts to reach a server that is not there yet.
 var startRetry = postrider.RetryPolicy{Attempts: -1, Initial: 100 * time.Millisecond, Max: 2 * time.Second} //nolint:gochecknoglobals // constant
 
-// start makes streams and consumers exist.
+// start makes streams and consumers exist. It waits for a server that is away, until ctx ends.
 func (b *Bus) start(ctx context.Context, subs []*subscription) error {
+	for attempt := 1; ctx.Err() == nil; attempt++ {
+		err := b.bind(ctx, subs)
+		if err == nil || !postrider.Retryable(err) {
+			return err
+		}
+		b.log.Warn("cannot start yet", "error", err)
+		_ = backoff.Wait(ctx, startRetry, attempt) // when ctx ends, so does the loop
+	}
+	return nil
+}
+
+func (b *Bus) bind(ctx context.Context, subs []*subscription) error {
 	if err := b.declare(ctx); err != nil {
 		return err
 	}
@@ -239,8 +238,7 @@ func fromNATS(op string, err error) error {
 	if err == nil {
 		return nil
 	}
-	var own *postrider.Error
-	if errors.As(err, &own) {
+	if _, own := errors.AsType[*postrider.Error](err); own {
 		return err
 	}
 	e := &postrider.Error{Code: postrider.Internal, Op: op, Err: err}

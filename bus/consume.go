@@ -315,7 +315,7 @@ func (s *subscription) handle(ctx context.Context, msg *nats.Msg) {
 	}
 	m, isEvent, err := decode(msg, s.bus.topic(msg.Subject))
 	m.Delivery = postrider.Delivery{
-		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream, //nolint:gosec // small
+		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream,
 		Stored: meta.Timestamp, Group: s.cfg.group,
 	}
 	var reply *postrider.Message

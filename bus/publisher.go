@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
 	"strconv"
 	"strings"
@@ -245,9 +246,7 @@ func (p *publisher) batch(group []*entry) error {
 	ack := p.acks.add()
 	for i, e := range group {
 		header := make(nats.Header, len(e.msg.Header)+3) // the entry's own must stay fit for a single publish
-		for k, v := range e.msg.Header {
-			header[k] = v
-		}
+		maps.Copy(header, e.msg.Header)
 		header[headerBatchID] = []string{id}
 		header[headerBatchSeq] = []string{strconv.Itoa(i + 1)}
 		msg := &nats.Msg{Subject: e.msg.Subject, Header: header, Data: e.msg.Data}

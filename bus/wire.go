@@ -53,6 +53,8 @@ func decode(msg *nats.Msg, topic string) (*postrider.Message, bool, error) {
 	switch {
 	case strings.HasPrefix(contentType, envelope.ContentTypeProto):
 		return m, true, envelope.ParseProto(msg.Data, m)
+	case strings.HasPrefix(contentType, envelope.ContentTypeJSON):
+		return m, true, envelope.ParseJSON(msg.Data, m)
 	case !binary:
 		m.Data, m.ContentType = msg.Data, contentType
 		return m, false, nil

@@ -26,10 +26,12 @@ var (
 )
 
 type (
-	// Hold, Payment and Parcel are what the saga's participants answer with.
-	Hold    struct{ ID string }
+	// Hold is the stock's answer.
+	Hold struct{ ID string }
+	// Payment is the cashier's.
 	Payment struct{ ID string }
-	Parcel  struct{ ID string }
+	// Parcel is the carrier's.
+	Parcel struct{ ID string }
 	// Nothing is the answer of those who only confirm.
 	Nothing struct{}
 )

@@ -116,7 +116,7 @@ func assemble(nc *nats.Conn, pool *pgxpool.Pool) (*service, error) {
 		return nil, err
 	}
 	for _, err := range []error{
-		subscribe(s.bus, s.mailed), serve(s.server), participate(s.bus, store), s.bus.Subscribe(s.engine.Handler()),
+		subscribe(s.bus, s.mailed), serve(s.server), participate(s.bus, store), s.bus.Subscribe(s.engine.Handler(), bus.From(bus.DeliverAll)),
 	} {
 		if err != nil {
 			return nil, err
@@ -127,18 +127,19 @@ func assemble(nc *nats.Conn, pool *pgxpool.Pool) (*service, error) {
 
 // show does each thing once and prints what came of it.
 func (s *service) show(ctx context.Context, out io.Writer) error {
+	say := func(words ...any) { _, _ = fmt.Fprintln(out, words...) }
 	if err := placeOrder(ctx, s.pool, s.outbox, &Order{ID: "o-1", Customer: "Åse", Cents: 1800}); err != nil {
 		return err
 	}
-	fmt.Fprintln(out, "event: mail to", <-s.mailed)
+	say("event: mail to", <-s.mailed)
 
 	price, err := priceOf(ctx, s.client, "chai")
 	if err != nil {
 		return err
 	}
-	fmt.Fprintln(out, "call: chai costs", price.Cents)
+	say("call: chai costs", price.Cents)
 	_, err = priceOf(ctx, s.client, "gold")
-	fmt.Fprintln(out, "call:", err)
+	say("call:", err)
 
 	for _, o := range []*Order{{ID: "o-2", Customer: "Zoë", Cents: 900}, {ID: "o-3", Customer: "Bob", Cents: 900_000}} {
 		var id string
@@ -152,7 +153,7 @@ func (s *service) show(ctx context.Context, out io.Writer) error {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintln(out, "saga:", o.ID, "is", end.Status, end.Cause)
+		say("saga:", o.ID, "is", end.Status, end.Cause)
 	}
 	return nil
 }
