@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -148,7 +149,7 @@ func TestRefusalAfterFailedStatementOrRollback(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	refusal := postrider.Errorf(postrider.AlreadyExists, "taken")
-	for name, break_ := range map[string]func(ctx context.Context, tx pgx.Tx){
+	for name, spoil := range map[string]func(ctx context.Context, tx pgx.Tx){
 		"statement": func(ctx context.Context, tx pgx.Tx) { _, _ = tx.Exec(ctx, `select 1/0`) },
 		"rollback":  func(ctx context.Context, tx pgx.Tx) { _ = tx.Rollback(ctx) },
 	} {
@@ -156,7 +157,7 @@ func TestRefusalAfterFailedStatementOrRollback(t *testing.T) {
 		h := Action(b.store(Config{}), b.reserve, func(ctx context.Context, tx pgx.Tx, req *order) (*hold, error) {
 			runs++
 			must(t, write(ctx, tx, name))
-			break_(ctx, tx)
+			spoil(ctx, tx)
 			return nil, refusal
 		})
 		for range 2 {
@@ -249,6 +250,8 @@ func TestCompensationWaitsForItsAction(t *testing.T) {
 			b := setup(t)
 			impatient, patient := b.store(Config{LockTimeout: 20 * time.Millisecond}), b.store(Config{LockTimeout: -1})
 			running, finish := make(chan struct{}), make(chan struct{})
+			proceed := sync.OnceFunc(func() { close(finish) })
+			defer proceed() // or a failed test would never end
 			action := Action(patient, b.reserve, func(ctx context.Context, tx pgx.Tx, req *order) (*hold, error) {
 				close(running)
 				<-finish
@@ -265,7 +268,7 @@ func TestCompensationWaitsForItsAction(t *testing.T) {
 			wantCode(t, undo(impatient), postrider.Aborted, true)
 			go func() { undone <- undo(patient) }()
 			b.waitForLock()
-			close(finish)
+			proceed()
 			if err := <-acted; !errors.Is(err, test.result) {
 				t.Fatalf("the action returned %v, want %v", err, test.result)
 			}

@@ -63,6 +63,6 @@
 // # What it is not for
 //
 // Effects outside the database, such as a payment at a provider or a mail, are not covered by the transaction: give the
-// provider the key. Effects in another database need a store there. Behind PgBouncer in transaction mode set pgx's
+// provider the key. Effects in another database need a store there. PostgreSQL 14 or newer is needed. Behind PgBouncer in transaction mode set pgx's
 // DefaultQueryExecMode to QueryExecModeCacheDescribe or QueryExecModeExec.
 package idempotency

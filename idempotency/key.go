@@ -24,7 +24,7 @@ func inboxKey(consumer string, m *postrider.Message) pgtype.UUID {
 	k := pgtype.UUID{Valid: true}
 	b := &k.Bytes
 	if !m.Time.IsZero() {
-		binary.BigEndian.PutUint64(b[:8], uint64(m.Time.UnixMilli())<<16) //nolint:gosec // once checked by validTime
+		binary.BigEndian.PutUint64(b[:8], uint64(m.Time.UnixMilli())<<16)
 	}
 	b[6] = 0x80 | sum[0]&0x0f
 	b[7] = sum[1]
@@ -46,7 +46,7 @@ func dayOf(t time.Time) time.Time { return t.UTC().Truncate(24 * time.Hour) }
 // lowest returns the lowest key of a day, as text.
 func lowest(day time.Time) string {
 	var ms [8]byte
-	binary.BigEndian.PutUint64(ms[:], uint64(day.UnixMilli())<<16) //nolint:gosec // days of validTime
+	binary.BigEndian.PutUint64(ms[:], uint64(day.UnixMilli())<<16)
 	text := hex.EncodeToString(ms[:6])
 	return text[:8] + "-" + text[8:] + "-0000-0000-000000000000"
 }

@@ -184,6 +184,7 @@ func TestDropWaitsForOpenHandlersAlone(t *testing.T) {
 
 	holder, err := b.pool.Begin(t.Context())
 	must(t, err)
+	t.Cleanup(func() { _ = holder.Rollback(context.WithoutCancel(t.Context())) }) // the pool cannot close before
 	_, err = holder.Exec(t.Context(), `insert into effects.postrider_inbox (k) values ($1)`, inboxKey("x", b.event("x", now)))
 	must(t, err)
 
