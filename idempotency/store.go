@@ -30,13 +30,13 @@ func Migrate(ctx context.Context, pool *pgxpool.Pool, schema string) error {
 	return migrate.Run(ctx, pool, cmp.Or(schema, DefaultSchema), line, migrations)
 }
 
-// Down drops the tables of a schema and all that is known about handled messages with them.
-func Down(ctx context.Context, pool *pgxpool.Pool, schema string) error {
+// MigrateDown drops the tables of a schema and all that is known about handled messages with them.
+func MigrateDown(ctx context.Context, pool *pgxpool.Pool, schema string) error {
 	return migrate.Down(ctx, pool, cmp.Or(schema, DefaultSchema), line, migrations)
 }
 
-// SQL returns what [Migrate] does to a new database, as a script for another tool.
-func SQL(schema string) (string, error) {
+// MigrateSQL returns what [Migrate] does to a new database, as a script for another tool.
+func MigrateSQL(schema string) (string, error) {
 	return migrate.SQL(cmp.Or(schema, DefaultSchema), line, migrations)
 }
 
