@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -27,14 +28,27 @@ type chaos struct {
 }
 
 func newChaos(seed uint64, hosts []*host, at servers) *chaos {
-	return &chaos{seed: seed, hosts: hosts, at: at, dice: rand.New(rand.NewPCG(seed, seed))} //nolint:gosec // not a secret
+	return &chaos{seed: seed, hosts: hosts, at: at, dice: rand.New(rand.NewPCG(seed, seed))}
 }
 
 // duplicateHeader marks what chaos has published itself.
 const duplicateHeader = "Shop-Duplicate"
 
-// Run breaks things until ctx ends.
-func (c *chaos) Run(ctx context.Context) error {
+// during breaks things while work is done. A nil chaos breaks nothing.
+func (c *chaos) during(ctx context.Context, work func() error) error {
+	if c == nil {
+		return work()
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- c.run(ctx) }()
+	err := work()
+	stop()
+	return errors.Join(err, <-ended)
+}
+
+func (c *chaos) run(ctx context.Context) error {
 	nc, err := connect("chaos", c.at.nats)
 	if err != nil {
 		return err
@@ -123,9 +137,9 @@ func (c *chaos) duplicate(nc *nats.Conn, msg *nats.Msg) {
 	}
 }
 
-// twice tells the loader to place one in twenty orders a second time.
+// twice tells the loader to place one in twenty orders a second time. A nil chaos says no.
 func (c *chaos) twice() bool {
-	if c.throw(20) > 0 {
+	if c == nil || c.throw(20) > 0 {
 		return false
 	}
 	c.mu.Lock()

@@ -20,7 +20,7 @@ var (
 // Calls, answered at once or not at all.
 var (
 	PlaceOrder  = postrider.NewMethod[Order, Receipt]("orders.v1/Place")
-	AwaitOrder  = postrider.NewMethod[OrderRef, Outcome]("orders.v1/Await")
+	AwaitOrder  = postrider.NewMethod[Receipt, Outcome]("orders.v1/Await")
 	AddProducts = postrider.NewMethod[Catalogue, Done]("stock.v1/AddProducts")
 	FindUnknown = postrider.NewMethod[SKUs, SKUs]("stock.v1/FindUnknown")
 	AddAccounts = postrider.NewMethod[Customers, Done]("payments.v1/AddAccounts")
@@ -71,15 +71,15 @@ type (
 
 	// Receipt is the answer to an order. The same order gets the same receipt, however often it is placed.
 	Receipt struct {
-		Order int64 `json:"order"`
-		Cents int64 `json:"cents"`
+		Order int64  `json:"order"`
+		Cents int64  `json:"cents"`
+		Saga  string `json:"saga"` // that carries it
 	}
 
 	// Outcome says how an order ended. Ended is false for one that is still under way.
 	Outcome struct {
-		Ended     bool   `json:"ended"`
-		Completed bool   `json:"completed"`
-		Why       string `json:"why,omitempty"` // of an order that was not completed
+		Ended     bool `json:"ended"`
+		Completed bool `json:"completed"`
 	}
 
 	// Sale is a completed order.

@@ -62,7 +62,8 @@ func lines(r io.Reader, each func(number int, text []byte, length int64) error) 
 			rest, err = in.ReadSlice('\n')
 			text, length = nil, length+int64(len(rest))
 		}
-		if err != nil && !errors.Is(err, io.EOF) {
+		atEnd := errors.Is(err, io.EOF)
+		if err != nil && !atEnd {
 			return fmt.Errorf("line %d: %w", number, err)
 		}
 		if text == nil && length > 0 || len(bytes.TrimSpace(text)) > 0 {
@@ -70,7 +71,7 @@ func lines(r io.Reader, each func(number int, text []byte, length int64) error) 
 				return err
 			}
 		}
-		if err != nil {
+		if atEnd {
 			return nil
 		}
 	}

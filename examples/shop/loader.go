@@ -19,7 +19,7 @@ type loader struct {
 	client   *rpc.Client
 	parallel int           // orders under way at a time
 	patience time.Duration // with one order
-	twice    func() bool   // whether to place an order a second time; nil: never
+	twice    func() bool   // whether to place an order a second time
 	progress *progress
 	tally    tally
 }
@@ -117,7 +117,7 @@ func (l *loader) carry(ctx context.Context, j job) {
 		return // it stood in the input before
 	}
 	for {
-		outcome, err := persist(ctx, l, AwaitOrder, &OrderRef{receipt.Order})
+		outcome, err := persist(ctx, l, AwaitOrder, receipt)
 		if err != nil {
 			l.tally.lose(j, err)
 			return
@@ -133,7 +133,7 @@ func (l *loader) carry(ctx context.Context, j job) {
 // place places an order until there is an answer. Repeating it is safe, as the order's number tells that it is the same.
 func (l *loader) place(ctx context.Context, o *Order) (*Receipt, error) {
 	receipt, err := persist(ctx, l, PlaceOrder, o)
-	if err == nil && l.twice != nil && l.twice() {
+	if err == nil && l.twice() {
 		var again *Receipt
 		if again, err = persist(ctx, l, PlaceOrder, o); err == nil && *again != *receipt {
 			err = postrider.Errorf(postrider.Internal, "order %d got another receipt when it was placed again", o.ID)

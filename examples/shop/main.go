@@ -137,7 +137,7 @@ func (o *options) logger(w io.Writer) *slog.Logger {
 }
 
 // runAll starts the servers that are not given and the four services, and puts the orders through.
-func (o *options) runAll(ctx context.Context, at servers, stdin io.Reader, stdout io.Writer) (bool, error) {
+func (o *options) runAll(ctx context.Context, at servers, stdin io.Reader, stdout io.Writer) (good bool, err error) {
 	begin := time.Now()
 	stack, err := devstack.Start(ctx, devstack.Config{
 		NATS: devstack.NATSConfig{URL: at.nats}, Postgres: devstack.PostgresConfig{URL: at.postgres, Logger: at.log},
@@ -145,7 +145,7 @@ func (o *options) runAll(ctx context.Context, at servers, stdin io.Reader, stdou
 	if err != nil {
 		return false, err
 	}
-	defer stack.Close()
+	defer func() { err = errors.Join(err, stack.Close()) }()
 	at.nats, at.postgres = stack.NATSURL, stack.PostgresURL
 	fmt.Fprintf(stdout, "nats-server and PostgreSQL are there after %.1f s\n", time.Since(begin).Seconds())
 
@@ -163,7 +163,6 @@ func (o *options) runAll(ctx context.Context, at servers, stdin io.Reader, stdou
 			o.seed = uint64(rand.Uint32())
 		}
 		breaker = newChaos(o.seed, hosts, at)
-		parts = append([]postrider.Runner{breaker}, parts...)
 		fmt.Fprintf(stdout, "chaos with -seed %d\n", o.seed)
 	}
 	served := make(chan error, 1)
@@ -172,7 +171,7 @@ func (o *options) runAll(ctx context.Context, at servers, stdin io.Reader, stdou
 		cancel(err)
 		served <- err
 	}()
-	good, err := o.load(ctx, at, breaker, stdin, stdout)
+	good, err = o.load(ctx, at, breaker, stdin, stdout)
 	cancel(nil)
 	if serveErr := <-served; serveErr != nil {
 		return false, serveErr // the loader's error follows from it
@@ -209,15 +208,14 @@ func (o *options) load(ctx context.Context, at servers, breaker *chaos, stdin io
 			return false, err
 		}
 	}
-	l := &loader{client: client, parallel: o.parallel, patience: o.timeout, progress: newProgress(stdout, in.size)}
-	if breaker != nil {
-		l.twice = breaker.twice
+	l := &loader{
+		client: client, parallel: o.parallel, patience: o.timeout, twice: breaker.twice, progress: newProgress(stdout, in.size),
 	}
 	if err := l.loadStock(waiting, products, customers, o.stockFactor); err != nil {
 		return false, err
 	}
 	begin := time.Now()
-	err = l.run(ctx, in)
+	err = breaker.during(ctx, func() error { return l.run(ctx, in) })
 	took := time.Since(begin)
 	l.progress.end()
 	if err != nil {

@@ -62,7 +62,7 @@ func (o *orders) place(ctx context.Context, order *Order) (*Receipt, error) {
 	if err != nil {
 		return nil, err
 	}
-	receipt := &Receipt{order.ID, order.Cents()}
+	receipt := &Receipt{Order: order.ID, Cents: order.Cents()}
 	err = pgx.BeginFunc(ctx, o.db, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `insert into placed_order (id, content, cents, units) values ($1, $2, $3, $4) on conflict do nothing`,
 			order.ID, string(content), receipt.Cents, order.Units())
@@ -70,28 +70,31 @@ func (o *orders) place(ctx context.Context, order *Order) (*Receipt, error) {
 			return err
 		}
 		if tag.RowsAffected() == 0 {
-			return o.compare(ctx, tx, order, content)
+			return compare(ctx, tx, order.ID, string(content))
 		}
 		if err := OrderPlaced.Publish(ctx, o.outbox.In(tx), order); err != nil {
 			return err
 		}
-		_, err = Placement.Start(ctx, o.engine.In(tx), &Placing{Order: *order})
+		receipt.Saga, err = Placement.Start(ctx, o.engine.In(tx), &Placing{Order: *order})
 		return err
 	})
-	if err != nil {
-		return nil, err
+	if err == nil && receipt.Saga == "" { // a repetition
+		var running *saga.Instance
+		if running, err = o.engine.Find(ctx, placementName, order.key()); err == nil {
+			receipt.Saga = running.ID
+		}
 	}
-	return receipt, nil
+	return receipt, err
 }
 
 // compare tells the repetition of an order from another order of the same number.
-func (o *orders) compare(ctx context.Context, tx pgx.Tx, order *Order, content []byte) error {
+func compare(ctx context.Context, tx pgx.Tx, id int64, content string) error {
 	var before string
-	if err := tx.QueryRow(ctx, `select content from placed_order where id = $1`, order.ID).Scan(&before); err != nil {
+	if err := tx.QueryRow(ctx, `select content from placed_order where id = $1`, id).Scan(&before); err != nil {
 		return err
 	}
-	if before != string(content) {
-		return postrider.Errorf(postrider.AlreadyExists, "order %d was placed before with other contents", order.ID)
+	if before != content {
+		return postrider.Errorf(postrider.AlreadyExists, "order %d was placed before with other contents", id)
 	}
 	return nil
 }
@@ -149,21 +152,17 @@ func (o *orders) checkProducts(ctx context.Context, order *Order) error {
 }
 
 // await answers when an order has ended, or after a second, so that no call waits for long.
-func (o *orders) await(ctx context.Context, ref *OrderRef) (*Outcome, error) {
-	found, err := o.engine.Find(ctx, placementName, fmt.Sprint(ref.Order))
-	if err != nil {
-		return nil, err
-	}
+func (o *orders) await(ctx context.Context, receipt *Receipt) (*Outcome, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	now, err := o.engine.Wait(ctx, found.ID)
+	now, err := o.engine.Wait(ctx, receipt.Saga)
 	if errors.Is(err, context.DeadlineExceeded) {
 		return &Outcome{}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &Outcome{Ended: true, Completed: now.Status == saga.Completed, Why: now.Cause}, nil
+	return &Outcome{Ended: true, Completed: now.Status == saga.Completed}, nil
 }
 
 // books asks the engine how each order stands.

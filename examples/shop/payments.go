@@ -62,7 +62,7 @@ func (p *payments) add(ctx context.Context, c *Customers) (*Done, error) {
 
 func (p *payments) books(ctx context.Context, _ *Done) (*PaymentsFigures, error) {
 	f := &PaymentsFigures{Traffic: p.traffic()}
-	err := p.db.QueryRow(ctx, `select coalesce(sum(cents) filter (where cents > 0), 0)::bigint, coalesce(-sum(cents) filter (where cents < 0), 0)::bigint from ledger`).
+	err := p.db.QueryRow(ctx, `select coalesce(sum(greatest(cents, 0)), 0)::bigint, coalesce(sum(greatest(-cents, 0)), 0)::bigint from ledger`).
 		Scan(&f.Charged, &f.Refunded)
 	if err != nil {
 		return nil, err

@@ -101,7 +101,7 @@ func (s *service) openDatabase(ctx context.Context, url string) error {
 	if err != nil {
 		return fmt.Errorf("address of PostgreSQL: %w", err)
 	}
-	cfg.MaxConns = 12
+	cfg.MaxConns = 8
 	cfg.ConnConfig.ConnectTimeout = 3 * time.Second
 	cfg.ConnConfig.RuntimeParams["application_name"] = "shop-" + s.name
 	cfg.ConnConfig.RuntimeParams["search_path"] = s.schema
