@@ -48,7 +48,12 @@ func (s *Store) once(ctx context.Context, consumer string, m *postrider.Message,
 		})
 	}
 	t, err := s.begin(ctx, claim)
-	if sqlState(err) == checkViolation { // the first message of its day
+	// The first message of its day. More than once, because a committed partition can be seen in the catalog a moment
+	// before the sessions are told to forget that it was missing.
+	for range 5 {
+		if sqlState(err) != checkViolation {
+			break
+		}
 		if err := s.createPartition(ctx, op, m.Time); err != nil {
 			return err
 		}

@@ -43,8 +43,8 @@ func TestEffectOnceUnderConcurrentDuplicates(t *testing.T) {
 
 func TestDuplicateAfterRestartAndPerConsumer(t *testing.T) {
 	t.Parallel()
-	b, m := setup(t), (*postrider.Message)(nil)
-	m = b.event("m-1", time.Now())
+	b := setup(t)
+	m := b.event("m-1", time.Now())
 	must(t, handle(t, b.writer(b.store(Config{}), "billing"), m))
 
 	restarted := b.store(Config{})

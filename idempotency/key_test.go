@@ -24,8 +24,10 @@ func TestInboxKeyIsStable(t *testing.T) {
 		t.Errorf("another zone gives another key, %s", got)
 	}
 	for _, other := range []*postrider.Message{
-		{Source: "//shop/order", ID: "so-1", Time: m.Time}, {Source: "//shop/orders", ID: "o-2", Time: m.Time},
-		{Source: "//shop/orders", ID: "o-1"}, {Source: "//shop/orders", ID: "o-1", Time: m.Time.Add(time.Millisecond)},
+		{Source: "//shop/order", ID: "so-1", Time: m.Time},
+		{Source: "//shop/orders", ID: "o-2", Time: m.Time},
+		{Source: "//shop/orders", ID: "o-1"},
+		{Source: "//shop/orders", ID: "o-1", Time: m.Time.Add(time.Millisecond)},
 	} {
 		if got := inboxKey("billing", other).String(); got == want {
 			t.Errorf("%+v has the same key", other)

@@ -26,8 +26,6 @@ type hold struct {
 	Names map[string]int
 }
 
-type nothing struct{}
-
 // contracts are the contracts of the tests.
 type contracts struct {
 	placed           *postrider.Topic[order]

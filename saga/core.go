@@ -263,8 +263,8 @@ func (t *transition) next() {
 		}
 		return
 	}
-	for i := len(t.Steps) - 1; i >= 0; i-- {
-		if p := t.Steps[i].Phase; t.nodes[i].undo != nil && (p == Done || p == Unknown) {
+	for i, step := range slices.Backward(t.Steps) {
+		if p := step.Phase; t.nodes[i].undo != nil && (p == Done || p == Unknown) {
 			t.send(i, OpUndo, 1)
 			return
 		}

@@ -128,7 +128,7 @@ func explore(m machine, b budget, r rules) (worlds int, violation string) {
 	first := world{left: b}
 	x.apply(&first, event{kind: started}, epoch)
 	x.visit(first, world{}, "start")
-	for i := 0; i < len(x.queue); i++ {
+	for i := 0; i < len(x.queue); i++ { //nolint:intrange // the queue grows while it is walked
 		w := x.queue[i]
 		if text := x.check(w); text != "" {
 			return len(x.seen), x.path(w) + text
@@ -289,11 +289,11 @@ func (x *exploration) do(w world, p packet) []outcome {
 
 func (x *exploration) undo(w world, p packet) world {
 	part := &w.parts[p.step]
-	switch {
-	case part.state == done:
+	switch part.state {
+	case done:
 		part.state = undone
 		part.un++
-	case part.state == fresh || part.state == refused:
+	case fresh, refused:
 		part.state = barred
 		if x.rules.undoesNothing {
 			part.un++
