@@ -14,6 +14,7 @@ import (
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/migrate"
+	"github.com/postrider/postrider/postridertest"
 )
 
 func file(sql string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(sql)} }
@@ -53,7 +54,7 @@ func wantTables(t *testing.T, pool *pgxpool.Pool, schema string, want ...string)
 
 func TestUpAndDown(t *testing.T) {
 	t.Parallel()
-	ctx, pool := t.Context(), newPool(t)
+	ctx, pool := t.Context(), postridertest.Postgres(t)
 	run := func(line string, files fs.FS) {
 		t.Helper()
 		if err := migrate.Run(ctx, pool, "up_down", line, files); err != nil {
@@ -83,7 +84,7 @@ func TestUpAndDown(t *testing.T) {
 
 func TestManyInstancesStartAtOnce(t *testing.T) {
 	t.Parallel()
-	pool := newPool(t)
+	pool := postridertest.Postgres(t)
 	errs := make([]error, 8)
 	var wg sync.WaitGroup
 	for i := range errs {
@@ -98,7 +99,7 @@ func TestManyInstancesStartAtOnce(t *testing.T) {
 
 func TestFailedMigrationLeavesNothing(t *testing.T) {
 	t.Parallel()
-	pool, files := newPool(t), filesV2()
+	pool, files := postridertest.Postgres(t), filesV2()
 	files["migrations/002_second.up.sql"] = file(`create table :"schema".two (n int); select 1/0;`)
 	err := migrate.Run(t.Context(), pool, "failed", "numbers", files)
 	if err == nil || !strings.Contains(err.Error(), "version 2") {
@@ -109,7 +110,7 @@ func TestFailedMigrationLeavesNothing(t *testing.T) {
 
 func TestSQLIsWhatRunDoes(t *testing.T) {
 	t.Parallel()
-	ctx, pool := t.Context(), newPool(t)
+	ctx, pool := t.Context(), postridertest.Postgres(t)
 	sql, err := migrate.SQL("by_hand", "numbers", filesV2())
 	if err != nil {
 		t.Fatal(err)
@@ -137,7 +138,7 @@ func versions(ctx context.Context, t *testing.T, pool *pgxpool.Pool) (n int) {
 
 func TestReaderNeedsNoRightsWhenNothingIsToDo(t *testing.T) {
 	t.Parallel()
-	ctx, pool := t.Context(), newPool(t)
+	ctx, pool := t.Context(), postridertest.Postgres(t)
 	if err := migrate.Run(ctx, pool, "no_rights", "numbers", filesV1()); err != nil {
 		t.Fatal(err)
 	}
