@@ -25,19 +25,19 @@ type check struct {
 	seen string
 }
 
-// collect asks each service for its books.
+// collect asks each service for its books, orders last: it sends what the others count.
 func (l *loader) collect(ctx context.Context) (*books, error) {
 	b := &books{}
-	if err := ask(ctx, l, OrdersBooks, &b.Orders); err != nil {
-		return nil, err
-	}
 	if err := ask(ctx, l, StockBooks, &b.Stock); err != nil {
 		return nil, err
 	}
 	if err := ask(ctx, l, PaymentsBooks, &b.Payments); err != nil {
 		return nil, err
 	}
-	return b, ask(ctx, l, ShippingBooks, &b.Shipping)
+	if err := ask(ctx, l, ShippingBooks, &b.Shipping); err != nil {
+		return nil, err
+	}
+	return b, ask(ctx, l, OrdersBooks, &b.Orders)
 }
 
 func ask[Res any](ctx context.Context, l *loader, m *postrider.Method[Done, Res], into *Res) error {

@@ -14,10 +14,10 @@ type host struct {
 	build func(context.Context, *service) error // subscribes and registers what the service does
 	at    servers
 
-	mu   sync.Mutex
-	now  *life // nil between two lives
-	past Traffic
-	dead sync.WaitGroup
+	mu    sync.Mutex
+	now   *life      // nil between two lives
+	lives []*service // all of them, for what they counted
+	dead  sync.WaitGroup
 }
 
 // life is a service from its start to its end.
@@ -37,10 +37,10 @@ func builders() map[string]func(context.Context, *service) error {
 // Run serves until ctx ends. A service that cannot even start the first time is an error.
 func (h *host) Run(ctx context.Context) error {
 	defer h.dead.Wait()
-	for lives := 0; ctx.Err() == nil; lives++ {
+	for ctx.Err() == nil {
 		s, err := h.start(ctx)
 		if err != nil {
-			if lives == 0 {
+			if len(h.lives) == 0 {
 				return err
 			}
 			h.at.log.Warn("cannot start again yet", "service", h.name, "error", err)
@@ -61,7 +61,7 @@ func (h *host) start(ctx context.Context) (*service, error) {
 		s.close()
 		return nil, err
 	}
-	s.past = h.traffic
+	s.traffic = h.traffic
 	return s, nil
 }
 
@@ -70,7 +70,9 @@ func (h *host) start(ctx context.Context) (*service, error) {
 func (h *host) live(ctx context.Context, s *service) {
 	ctx, stop := context.WithCancel(ctx)
 	l := &life{s, stop, make(chan struct{})}
-	h.set(l)
+	h.mu.Lock()
+	h.now, h.lives = l, append(h.lives, s)
+	h.mu.Unlock()
 	ended := make(chan struct{})
 	h.dead.Go(func() {
 		defer close(ended)
@@ -79,21 +81,14 @@ func (h *host) live(ctx context.Context, s *service) {
 			h.at.log.Warn("service ended", "service", h.name, "error", err)
 		}
 		s.close()
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.past.add(s.own())
 	})
 	select {
 	case <-ended:
 	case <-l.killed:
 	}
-	h.set(nil)
-}
-
-func (h *host) set(l *life) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.now = l
+	h.now = nil
+	h.mu.Unlock()
 }
 
 // kill ends the service without letting it finish anything: its connection to NATS is gone with all that was not sent.
@@ -111,11 +106,16 @@ func (h *host) kill() bool {
 	return true
 }
 
-// traffic is that of all lives that have ended.
+// traffic counts the messages of all lives, those included that have not quite ended.
 func (h *host) traffic() Traffic {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.past
+	var t Traffic
+	for _, s := range h.lives {
+		b, once := s.bus.Stats(), s.once.Stats()
+		t.add(Traffic{b.Published, b.Handled, b.Retried, b.DeadLettered, once.Duplicates})
+	}
+	return t
 }
 
 func pause(ctx context.Context, d time.Duration) {

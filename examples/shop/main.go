@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -147,7 +148,7 @@ func (o *options) runAll(ctx context.Context, at servers, stdin io.Reader, stdou
 	}
 	defer func() { err = errors.Join(err, stack.Close()) }()
 	at.nats, at.postgres = stack.NATSURL, stack.PostgresURL
-	fmt.Fprintf(stdout, "nats-server and PostgreSQL are there after %.1f s\n", time.Since(begin).Seconds())
+	fmt.Fprintf(stdout, "nats-server and PostgreSQL are up after %.1f s\n", time.Since(begin).Seconds())
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -214,6 +215,7 @@ func (o *options) load(ctx context.Context, at servers, breaker *chaos, stdin io
 	if err := l.loadStock(waiting, products, customers, o.stockFactor); err != nil {
 		return false, err
 	}
+	fmt.Fprintf(stdout, "%s are up, placing orders, %d at a time\n", strings.Join(serviceNames(), ", "), o.parallel)
 	begin := time.Now()
 	err = breaker.during(ctx, func() error { return l.run(ctx, in) })
 	took := time.Since(begin)

@@ -33,18 +33,18 @@ type servers struct {
 // service is what each of the four services has: its own connection to NATS, its own schema in PostgreSQL with its own
 // pool, and on them the parts of Postrider that it needs. Nothing is shared but contracts.go.
 type service struct {
-	name   string
-	schema string
-	nc     *nats.Conn
-	db     *pgxpool.Pool // its search_path is the schema
-	bus    *bus.Bus
-	server *rpc.Server
-	once   *idempotency.Store
-	calls  *rpc.Client // of the services that call others
-	log    *slog.Logger
-	relay  *restartable       // of the services that have an outbox
-	parts  []postrider.Runner // what runs, in the order of draining
-	past   func() Traffic     // of earlier lives of this service in this process
+	name    string
+	schema  string
+	nc      *nats.Conn
+	db      *pgxpool.Pool // its search_path is the schema
+	bus     *bus.Bus
+	server  *rpc.Server
+	once    *idempotency.Store
+	calls   *rpc.Client // of the services that call others
+	log     *slog.Logger
+	relay   *restartable       // of the services that have an outbox
+	parts   []postrider.Runner // what runs, in the order of draining
+	traffic func() Traffic     // of this service in this process
 }
 
 // open connects a service to its servers and brings its schema up to date.
@@ -90,7 +90,7 @@ func open(ctx context.Context, name string, at servers) (_ *service, err error) 
 func connect(name, url string) (*nats.Conn, error) {
 	nc, err := nats.Connect(url, nats.Name("shop-"+name), nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond))
 	if err != nil {
-		return nil, fmt.Errorf("connect to NATS at %s: %w: is nats-server running there?", url, err)
+		return nil, fmt.Errorf("connect to NATS: %w: is a nats-server running at the address given by -nats?", err)
 	}
 	return nc, nil
 }
@@ -135,18 +135,6 @@ func (s *service) handle(hs ...postrider.Handler) error {
 			bus.Retry(postrider.RetryPolicy{Attempts: 25, Initial: 100 * time.Millisecond, Max: 2 * time.Second})))
 	}
 	return errors.Join(errs...)
-}
-
-// traffic counts the messages of this service in this process.
-func (s *service) traffic() Traffic {
-	t := s.own()
-	t.add(s.past())
-	return t
-}
-
-func (s *service) own() Traffic {
-	b, once := s.bus.Stats(), s.once.Stats()
-	return Traffic{b.Published, b.Handled, b.Retried, b.DeadLettered, once.Duplicates}
 }
 
 func (t *Traffic) add(other Traffic) {
