@@ -99,7 +99,7 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 				"send a reference instead of the data", msg.Size(), limit),
 		})
 	}
-	return &entry{msg: msg}, nil
+	return &entry{msg: msg, key: m.Key()}, nil
 }
 
 // isAddress says if s can be published to: no empty tokens, no wildcards, no white space.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -39,6 +40,7 @@ const ackTimeout = 5 * time.Second
 // entry is one message on its way. err is valid once the entry's call is done.
 type entry struct {
 	msg  *nats.Msg
+	key  string // partition key, "" for none
 	err  error
 	call *call
 }
@@ -219,16 +221,38 @@ func (l *lane) send(group []*entry) {
 	}
 }
 
-// single publishes each message with an acknowledgement of its own, all at once.
+// single publishes each message with an acknowledgement of its own, all at once but for messages of one key: the second
+// of them waits until the first is stored, and is not sent if it was not, lest it should overtake it.
 func (l *lane) single(group []*entry) {
-	pending := make([]*pendingAck, len(group))
-	for i, e := range group {
-		pending[i] = l.pub.acks.add()
-		l.pub.transmit(e.msg, pending[i])
+	type sent struct {
+		*entry
+		ack *pendingAck
 	}
-	for i, e := range group {
-		l.finish(e, pending[i].wait())
+	var wave []sent
+	failed := map[string]error{} // by key
+	settle := func() {
+		for _, s := range wave {
+			err := s.ack.wait()
+			if err != nil && s.key != "" && postrider.Retryable(err) {
+				failed[s.key] = err
+			}
+			l.finish(s.entry, err)
+		}
+		wave = wave[:0]
 	}
+	for _, e := range group {
+		if e.key != "" && slices.ContainsFunc(wave, func(s sent) bool { return s.key == e.key }) {
+			settle()
+		}
+		if err := failed[e.key]; err != nil {
+			l.finish(e, err)
+			continue
+		}
+		ack := l.pub.acks.add()
+		l.pub.transmit(e.msg, ack)
+		wave = append(wave, sent{e, ack})
+	}
+	settle()
 }
 
 // finish gives an entry its result. A stream that does not answer may have gone: it is looked up again next time.
