@@ -16,15 +16,15 @@ type snapshot struct {
 
 // parseSnapshot reads "xmin:xmax:xip,xip".
 func parseSnapshot(text string) (snapshot, error) {
-	bad := func() (snapshot, error) { return snapshot{}, fmt.Errorf("malformed pg_snapshot %q", text) }
+	bad := fmt.Errorf("malformed pg_snapshot %q", text)
 	parts := strings.Split(text, ":")
 	if len(parts) != 3 {
-		return bad()
+		return snapshot{}, bad
 	}
 	s := snapshot{text: text}
 	var err error
 	if s.xmax, err = strconv.ParseUint(parts[1], 10, 64); err != nil {
-		return bad()
+		return snapshot{}, bad
 	}
 	if parts[2] == "" {
 		return s, nil
@@ -32,12 +32,12 @@ func parseSnapshot(text string) (snapshot, error) {
 	for x := range strings.SplitSeq(parts[2], ",") {
 		xid, err := strconv.ParseUint(x, 10, 64)
 		if err != nil {
-			return bad()
+			return snapshot{}, bad
 		}
 		s.xip = append(s.xip, xid)
 	}
 	if !slices.IsSorted(s.xip) {
-		return bad()
+		return snapshot{}, bad
 	}
 	return s, nil
 }

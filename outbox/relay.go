@@ -154,7 +154,7 @@ func (r *Relay) Run(ctx context.Context) error {
 		}
 	}
 	owner := postrider.NewID()
-	for attempt := 1; ; attempt++ {
+	for attempt := 1; ctx.Err() == nil; attempt++ {
 		t, err := r.newTerm(ctx, owner)
 		switch {
 		case errors.Is(err, postrider.FailedPrecondition):
@@ -170,14 +170,12 @@ func (r *Relay) Run(ctx context.Context) error {
 				attempt = 1
 			}
 		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err != nil {
+		if err != nil && ctx.Err() == nil {
 			say(slog.LevelWarn, "relay cannot go on, will try again", "error", err)
-			_ = backoff.Wait(ctx, retry(), attempt) // when ctx ends, newTerm fails and Run returns
+			_ = backoff.Wait(ctx, retry(), attempt) // when ctx ends, so does the loop
 		}
 	}
+	return nil
 }
 
 func wait(ctx context.Context, d time.Duration) {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -210,10 +211,5 @@ func hasState(err error, states ...string) bool {
 	if !errors.As(err, &pg) {
 		return false
 	}
-	for _, s := range states {
-		if pg.Code == s {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(states, pg.Code)
 }

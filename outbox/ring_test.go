@@ -30,10 +30,10 @@ func TestOpenTransactionHoldsUpNobody(t *testing.T) {
 	if err := ob.In(held).Publish(ctx, message("held", "")); err != nil {
 		t.Fatal(err)
 	}
-	want := make([]string, 10)
-	for i, m := range messages(10) {
+	var want []string
+	for _, m := range messages(10) {
 		publish(t, pool, ob, m)
-		want[i] = m.ID
+		want = append(want, m.ID)
 	}
 	wantIDs(t, b, want...)
 	if err := held.Commit(ctx); err != nil {

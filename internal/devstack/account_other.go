@@ -15,8 +15,8 @@ func postgresAccount() (*account, error) {
 	return nil, errors.New("a private PostgreSQL is started on Unix only")
 }
 
-func (*account) process() *syscall.SysProcAttr                    { return nil }
-func (*account) own(string) error                                 { return nil }
-func (*account) mkdir(path string) error                          { return os.MkdirAll(path, 0o700) }
-func (*account) mkdirTemp(pattern string, _ bool) (string, error) { return os.MkdirTemp("", pattern) }
-func (*account) reaches(string) bool                              { return true }
+func (*account) process() *syscall.SysProcAttr { return nil }
+func (*account) own(string) error              { return nil }
+func (*account) mkdir(path string) error       { return os.MkdirAll(path, 0o700) }
+func (*account) tempBase(bool) (string, error) { return os.TempDir(), nil }
+func (*account) reaches(string) bool           { return true }

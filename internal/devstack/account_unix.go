@@ -66,9 +66,9 @@ func (a *account) mkdir(path string) error {
 	return a.own(path)
 }
 
-// mkdirTemp makes a temporary folder for the account alone, in memory if so wished and possible. Where another account than ours is to use it, the folders above
-// must let it in and let it remove its own, as /tmp does and the TMPDIR of a root user may not.
-func (a *account) mkdirTemp(pattern string, inMemory bool) (string, error) {
+// tempBase returns the folder to make temporary ones in, in memory if so wished and possible. Where another account than
+// ours is to use them, it must let that in and let it remove its own, as /tmp does and the TMPDIR of a root user may not.
+func (a *account) tempBase(inMemory bool) (string, error) {
 	var bases []string
 	if inMemory {
 		bases = memoryFolder()
@@ -80,17 +80,14 @@ func (a *account) mkdirTemp(pattern string, inMemory bool) (string, error) {
 	var last error
 	for _, base := range bases {
 		info, err := os.Stat(base)
-		if err == nil && a != nil && (info.Mode().Perm()&0o003 != 0o003 || !a.reaches(filepath.Join(base, pattern))) {
-			err = fmt.Errorf("user %s, who runs PostgreSQL since we are root, may not write to %s", a.name, base)
+		switch {
+		case err != nil:
+			last = err
+		case a != nil && (info.Mode().Perm()&0o003 != 0o003 || !a.reaches(filepath.Join(base, "any"))):
+			last = fmt.Errorf("user %s, who runs PostgreSQL since we are root, may not write to %s", a.name, base)
+		default:
+			return base, nil
 		}
-		var dir string
-		if err == nil {
-			dir, err = os.MkdirTemp(base, pattern)
-		}
-		if err == nil {
-			return dir, a.own(dir)
-		}
-		last = err
 	}
 	return "", last
 }

@@ -101,7 +101,7 @@ func TestStartFailsWhole(t *testing.T) {
 // sharedDir is a temporary folder that the user who runs PostgreSQL may write to as well, as he may to /tmp.
 func sharedDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "devstack-test-") // t.TempDir is inside a folder that is closed to others
+	dir, err := os.MkdirTemp("", "devstack-test-") //nolint:usetesting // t.TempDir is inside a folder that is closed to others
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package devstack
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -35,21 +36,27 @@ n=0
 while [ "$2" = remove ] && [ -e "$1" ] && [ $n -lt 50 ]; do rm -rf "$1" && break; n=$((n+1)); sleep 0.1; done
 `
 
-// newFolder makes and guards the folder at path, or if path is empty a temporary one named after pattern, in memory where that
-// is wished and possible. It belongs to owner, nil meaning us.
-func newFolder(path, pattern string, inMemory bool, owner *account) (*folder, error) {
+// newFolder makes and guards the folder at path, or if path is empty a temporary one whose name begins with prefix, in memory
+// where that is wished and possible. It belongs to owner, nil meaning us. The guard comes first: a process that is killed
+// between the two leaves nothing behind.
+func newFolder(path, prefix string, inMemory bool, owner *account) (*folder, error) {
 	f := &folder{path: path, temp: path == ""}
 	var err error
 	if f.temp {
-		f.path, err = owner.mkdirTemp(pattern, inMemory)
-	} else if f.path, err = filepath.Abs(path); err == nil {
-		err = owner.mkdir(f.path)
+		var base string
+		base, err = owner.tempBase(inMemory)
+		f.path = filepath.Join(base, prefix+rand.Text())
+	} else {
+		f.path, err = filepath.Abs(path)
 	}
 	if err != nil {
 		return nil, err
 	}
 	if err := f.startGuard(owner); err != nil {
-		return nil, errors.Join(fmt.Errorf("start the guard: %w", err), f.remove())
+		return nil, fmt.Errorf("start the guard: %w", err)
+	}
+	if err := owner.mkdir(f.path); err != nil {
+		return nil, errors.Join(err, f.close())
 	}
 	return f, nil
 }

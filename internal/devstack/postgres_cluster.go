@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,9 +82,7 @@ func (p *Postgres) launch() error {
 		settings["fsync"], settings["full_page_writes"] = "off", "off"
 		settings["max_wal_size"] = "256MB"
 	}
-	for name, value := range p.cfg.Settings {
-		settings[name] = value
-	}
+	maps.Copy(settings, p.cfg.Settings)
 	cmd := exec.Command(filepath.Join(p.bin, "postgres"), "-D", p.data())
 	for name, value := range settings {
 		cmd.Args = append(cmd.Args, "-c", name+"="+value)
