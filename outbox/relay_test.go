@@ -151,8 +151,14 @@ func TestOneOfSeveralRelaysLeads(t *testing.T) {
 	stopFirst()
 	publish(t, pool, ob, msgs[200:]...)
 	wantIDs(t, b, ids(msgs)...)
-	if s := second.Stats(); !s.Leading || s.Published != 200 || first.Stats().Published != 200 || b.repeated != 0 {
-		t.Errorf("after the change: second %+v, first %+v, repeated %d", s, first.Stats(), b.repeated)
+	postridertest.Eventually(t, func() error { // the broker has a message a moment before the relay counts it
+		if s := second.Stats(); !s.Leading || s.Published != 200 || first.Stats().Published != 200 {
+			return fmt.Errorf("after the change: second %+v, first %+v", s, first.Stats())
+		}
+		return nil
+	})
+	if b.repeated != 0 {
+		t.Errorf("%d messages were published twice", b.repeated)
 	}
 }
 
@@ -215,11 +221,11 @@ func TestPublisherDownThenUp(t *testing.T) {
 	t.Parallel()
 	pool, ob := setup(t)
 	b := &broker{before: func([]*postrider.Message) error { return postrider.Errorf(postrider.Unavailable, "no broker") }}
-	relay, _ := start(t, pool, b, quick(ob))
 	msgs := messages(30)
 	for _, m := range msgs {
 		publish(t, pool, ob, m)
 	}
+	relay, _ := start(t, pool, b, quick(ob)) // after them: the depth is not exact about transactions that are open
 	postridertest.Eventually(t, func() error {
 		// Longer than the lease: the relay renews it while it cannot publish.
 		if s := relay.Stats(); s.Lag < 2*time.Second || s.Depth != 30 || !s.Leading || s.Published != 0 {
@@ -371,6 +377,7 @@ func TestSQLWriters(t *testing.T) {
 func TestSchemasSideBySide(t *testing.T) {
 	t.Parallel()
 	pool, ctx := postridertest.Postgres(t), t.Context()
+	var stop func() // of the last one
 	for _, schema := range []string{"orders", "stock"} {
 		if err := outbox.Migrate(ctx, pool, schema); err != nil {
 			t.Fatal(err)
@@ -380,10 +387,11 @@ func TestSchemasSideBySide(t *testing.T) {
 			t.Fatal(err)
 		}
 		b := &broker{}
-		start(t, pool, b, quick(ob))
+		_, stop = start(t, pool, b, quick(ob))
 		publish(t, pool, ob, message(schema, ""))
 		wantIDs(t, b, schema)
 	}
+	stop()
 	if err := outbox.MigrateDown(ctx, pool, "stock"); err != nil {
 		t.Fatal(err)
 	}
