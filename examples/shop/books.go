@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/rpc"
 )
 
 // books are the figures of all services.
@@ -41,7 +42,7 @@ func (l *loader) collect(ctx context.Context) (*books, error) {
 }
 
 func ask[Res any](ctx context.Context, l *loader, m *postrider.Method[Done, Res], into *Res) error {
-	res, err := persist(ctx, l, m, &Done{})
+	res, err := persist(ctx, l, m, &Done{}, rpc.Timeout(time.Minute))
 	if err == nil {
 		*into = *res
 	}

@@ -63,7 +63,7 @@ func (c *chaos) run(ctx context.Context) error {
 	}
 	defer db.Close(context.WithoutCancel(ctx))
 	for {
-		pause(ctx, time.Duration(100+c.throw(400))*time.Millisecond)
+		pause(ctx, time.Duration(50+c.throw(300))*time.Millisecond)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -89,7 +89,7 @@ func (c *chaos) strike(ctx context.Context, db *pgx.Conn, h *host) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case what == 0:
+	case what == 0 || c.count.kills == 0: // one at least, however short the run
 		c.endSessions(ctx, db, h) // in the middle of their transactions
 		if h.kill() {
 			c.count.kills++

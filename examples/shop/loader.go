@@ -20,6 +20,7 @@ type loader struct {
 	parallel int           // orders under way at a time
 	patience time.Duration // with one order
 	twice    func() bool   // whether to place an order a second time
+	pace     time.Duration // between two lines of the input
 	progress *progress
 	tally    tally
 }
@@ -29,6 +30,7 @@ type tally struct {
 	mu          sync.Mutex
 	lines       int
 	accepted    map[int64]Receipt
+	again       int // lines that repeat another
 	completed   int
 	compensated int
 	bad         []complaint     // lines of the input that were rejected
@@ -81,6 +83,9 @@ func (l *loader) run(ctx context.Context, in io.Reader) error {
 	}
 	err := lines(in, func(number int, text []byte, length int64) error {
 		l.tally.line()
+		if l.pace > 0 {
+			pause(ctx, l.pace)
+		}
 		order, err := parse[Order](text)
 		if err != nil {
 			l.reject(number, err)
@@ -114,7 +119,7 @@ func (l *loader) carry(ctx context.Context, j job) {
 		return
 	}
 	if !l.tally.accept(*receipt) {
-		return // it stood in the input before
+		return
 	}
 	for {
 		outcome, err := persist(ctx, l, AwaitOrder, receipt)
@@ -143,10 +148,13 @@ func (l *loader) place(ctx context.Context, o *Order) (*Receipt, error) {
 }
 
 // persist calls until there is an answer, with growing pauses, as long as ctx lasts. Services may be away meanwhile.
-func persist[Req, Res any](ctx context.Context, l *loader, m *postrider.Method[Req, Res], req *Req) (*Res, error) {
+func persist[Req, Res any](
+	ctx context.Context, l *loader, m *postrider.Method[Req, Res], req *Req, opts ...rpc.CallOption,
+) (*Res, error) {
+	opts = append(opts, rpc.WaitForReady())
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		start := time.Now()
-		res, err := rpc.Call(ctx, l.client, m, req, rpc.WaitForReady())
+		res, err := rpc.Call(ctx, l.client, m, req, opts...)
 		if err == nil && m.Name() == PlaceOrder.Name() {
 			l.tally.call(time.Since(start))
 		}
@@ -172,13 +180,16 @@ func (t *tally) line() {
 	t.lines++
 }
 
-// accept notes a receipt. False: that order was accepted before.
+// accept notes a receipt. False: the order stood in the input before, and is seen to its end there.
 func (t *tally) accept(r Receipt) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	_, known := t.accepted[r.Order]
+	if _, known := t.accepted[r.Order]; known {
+		t.again++
+		return false
+	}
 	t.accepted[r.Order] = r
-	return !known
+	return true
 }
 
 func (t *tally) end(o *Outcome) {

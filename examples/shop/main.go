@@ -212,6 +212,9 @@ func (o *options) load(ctx context.Context, at servers, breaker *chaos, stdin io
 	l := &loader{
 		client: client, parallel: o.parallel, patience: o.timeout, twice: breaker.twice, progress: newProgress(stdout, in.size),
 	}
+	if breaker != nil {
+		l.pace = 20 * time.Millisecond // a small sample must not be over before anything breaks
+	}
 	if err := l.loadStock(waiting, products, customers, o.stockFactor); err != nil {
 		return false, err
 	}

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -72,6 +73,13 @@ func TestServicesAsProcesses(t *testing.T) {
 	wantText(t, out, "exit code 0", "60 lines", "60 of 60", balancedBooks)
 	b.wantNames()
 
+	shipping := services["shipping"]
+	if err := shipping.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := shipping.Wait(); err != nil {
+		t.Errorf("a service that is asked to end drains and exits with 0, this one: %v", err)
+	}
 	kill(services["payments"])
 	if code, _ := b.shop("", "-health", "-service", "payments"); code != 1 {
 		t.Errorf("a dead service is healthy: exit code %d", code)

@@ -14,8 +14,8 @@ func report(w io.Writer, t *tally, b *books, checks []check, took time.Duration)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	ended := t.completed + t.compensated
-	fmt.Fprintf(w, "\norders       %d lines: %d completed, %d compensated, %d rejected in %.2f s, %.0f orders/s\n",
-		t.lines, t.completed, t.compensated, len(t.bad), took.Seconds(), float64(ended)/took.Seconds())
+	fmt.Fprintf(w, "\norders       %d lines: %d completed, %d compensated, %d repeated, %d rejected in %.2f s, %.0f orders/s\n",
+		t.lines, t.completed, t.compensated, t.again, len(t.bad), took.Seconds(), float64(ended)/took.Seconds())
 	printWhy(w, b.Orders.Why)
 	printList(w, "rejected", t.bad)
 	printList(w, "unfinished", t.lost)

@@ -82,7 +82,7 @@ func TestBadInput(t *testing.T) {
 	code, out := b.shop(strings.Join(input, "\n"), "-orders", "-", "-products", products, "-parallel", "1")
 	wantCode(t, code, 1)
 	wantText(t, out,
-		"11 lines: 2 completed, 0 compensated, 8 rejected",
+		"11 lines: 2 completed, 0 compensated, 1 repeated, 8 rejected",
 		"line 2: unexpected end of JSON input",
 		"line 3: call orders.v1/Place: lines: the product with sku 99 is unknown (INVALID_ARGUMENT)",
 		"line 4: call orders.v1/Place: lines[0].qty is 0: want 1 to 1000000 (INVALID_ARGUMENT)",
