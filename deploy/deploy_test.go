@@ -12,12 +12,12 @@ import (
 
 // Acknowledged means on disk, in everything that we ship.
 func TestNATSConfigSyncsAlways(t *testing.T) {
-	t.Setenv("NATS_PASSWORD", "secret")
+	t.Setenv("NATS_PASSWORD", `"123456"`) // as docker-compose.yml sets it
 	o, err := server.ProcessConfigFile("nats.conf")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !o.JetStream || !o.SyncAlways || o.StoreDir != "/data" || o.HTTPPort != 8222 || o.Port != 4222 || o.Password != "secret" {
+	if !o.JetStream || !o.SyncAlways || o.StoreDir != "/data" || o.HTTPPort != 8222 || o.Port != 4222 || o.Password != "123456" {
 		t.Errorf("JetStream %v in %s, sync_interval always %v, ports %d and %d, password %q",
 			o.JetStream, o.StoreDir, o.SyncAlways, o.Port, o.HTTPPort, o.Password)
 	}
@@ -43,6 +43,12 @@ func TestComposeIsPinnedAndLocal(t *testing.T) {
 		if !strings.HasPrefix(port[1], "127.0.0.1:") {
 			t.Errorf("port %s is open to the network", port[1])
 		}
+	}
+	if !strings.Contains(compose, `NATS_PASSWORD: '"${NATS_PASSWORD:-demo}"'`) {
+		t.Error("NATS_PASSWORD is not in quotes: one of digits only would stop the server")
+	}
+	if strings.Count(compose, "build:") != 1 || !strings.Contains(compose, "  orders:\n    <<: *shop\n    build: .\n") {
+		t.Error("not orders alone builds the image: builders of one tag race")
 	}
 	for _, service := range []string{"orders", "stock", "payments", "shipping"} {
 		for _, want := range []string{"[-service, " + service + ",", "-health, -service, " + service + ",", service + ": { condition: service_healthy }"} {
