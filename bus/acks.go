@@ -3,6 +3,9 @@ package bus
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -55,12 +58,40 @@ func (a *acks) add() *pendingAck {
 	if a.sub == nil {
 		sub, err := a.nc.Subscribe(a.prefix+"*", a.receive)
 		if err != nil {
+			delete(a.pending, token)
 			p.done <- fromNATS("bus: subscribe to acknowledgements", err)
 			return p
 		}
 		a.sub = sub
+		go a.watch(a.nc.StatusChanged())
 	}
 	return p
+}
+
+// watch ends the waits when the connection breaks: the acknowledgements of what was sent will not come. It lives as long
+// as the connection does.
+func (a *acks) watch(changes chan nats.Status) {
+	defer a.nc.RemoveStatusListener(changes)
+	if a.nc.IsClosed() { // before the listener was there
+		return
+	}
+	for status := range changes {
+		if status == nats.CONNECTED {
+			continue
+		}
+		a.mu.Lock()
+		lost := slices.Collect(maps.Values(a.pending))
+		a.mu.Unlock()
+		for _, p := range lost {
+			p.resolve(&postrider.Error{
+				Code: postrider.Unavailable, Op: "bus: publish", Err: nats.ErrDisconnected,
+				Msg: "the connection to NATS was lost before the acknowledgement: it may have been stored",
+			})
+		}
+		if status == nats.CLOSED {
+			return
+		}
+	}
 }
 
 func (a *acks) remove(token string) *pendingAck {
@@ -84,25 +115,19 @@ func (p *pendingAck) resolve(err error) {
 	}
 }
 
-// wait returns the result. A connection that breaks leaves the outcome open.
+// wait returns the result. Without an acknowledgement the outcome is open.
 func (p *pendingAck) wait() error {
-	const look = 250 * time.Millisecond
-	ticker := time.NewTicker(look)
-	defer ticker.Stop()
-	for deadline := time.Now().Add(ackTimeout); ; {
-		select {
-		case err := <-p.done:
-			return err
-		case now := <-ticker.C:
-			switch {
-			case !p.acks.nc.IsConnected():
-				p.resolve(postrider.Errorf(postrider.Unavailable,
-					"bus: publish: the connection to NATS was lost before the acknowledgement: it may have been stored"))
-			case now.After(deadline):
-				p.resolve(postrider.Errorf(postrider.DeadlineExceeded,
-					"bus: publish: no acknowledgement within %v: it may have been stored", ackTimeout))
-			}
-		}
+	timer := time.NewTimer(ackTimeout)
+	defer timer.Stop()
+	select {
+	case err := <-p.done:
+		return err
+	case <-timer.C:
+		p.resolve(&postrider.Error{
+			Code: postrider.DeadlineExceeded, Op: "bus: publish",
+			Msg: fmt.Sprintf("no acknowledgement within %v: it may have been stored", ackTimeout),
+		})
+		return <-p.done
 	}
 }
 

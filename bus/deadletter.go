@@ -76,9 +76,8 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 		header[h[0]] = []string{h[1]}
 	}
 	e := &entry{msg: &nats.Msg{Subject: s.bus.subject("dead." + s.cfg.group + "." + m.Topic), Header: header, Data: msg.Data}}
-	s.bus.pub.publish(ctx, []*entry{e})
-	if e.err != nil {
-		return fmt.Errorf("bus: dead letter: %w", e.err)
+	if err := s.bus.pub.publish(ctx, []*entry{e})[0]; err != nil {
+		return fmt.Errorf("bus: dead letter: %w", err)
 	}
 	s.bus.stats.deadLettered.Add(1)
 	s.log.Warn("message moved to the dead letters", "id", m.ID, "type", m.Type, "attempts", m.Delivery.Attempt,

@@ -40,29 +40,30 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 		entries, index = append(entries, e), append(index, i)
 	}
 	for attempt := 1; len(entries) > 0; attempt++ {
-		if err := b.declare(ctx); err != nil {
-			for _, e := range entries {
-				e.err = err
-			}
-		} else {
-			b.pub.publish(ctx, entries)
-		}
 		again, againIndex := entries[:0], index[:0]
-		for i, e := range entries {
-			errs[index[i]] = e.err
+		for i, err := range b.publishOnce(ctx, entries) {
+			errs[index[i]] = err
 			switch {
-			case e.err == nil:
+			case err == nil:
 				b.stats.published.Add(1)
-			case postrider.Retryable(e.err):
-				again, againIndex = append(again, e), append(againIndex, index[i])
+			case postrider.Retryable(err):
+				again, againIndex = append(again, entries[i]), append(againIndex, index[i])
 			}
 		}
 		entries, index = again, againIndex
-		if len(entries) > 0 && backoff.Wait(ctx, publishRetry, attempt) != nil {
+		if len(entries) > 0 && (b.nc.IsClosed() || backoff.Wait(ctx, publishRetry, attempt) != nil) {
 			break
 		}
 	}
 	return batchError(errs)
+}
+
+// publishOnce makes one attempt.
+func (b *Bus) publishOnce(ctx context.Context, entries []*entry) []error {
+	if err := b.declare(ctx); err != nil {
+		return postrider.PublishErrors(err, len(entries))
+	}
+	return b.pub.publish(ctx, entries)
 }
 
 // batchError makes one error of those of each message.

@@ -37,7 +37,7 @@ const (
 // ackTimeout is how long one attempt waits for its acknowledgement.
 const ackTimeout = 5 * time.Second
 
-// entry is one message on its way. err is valid once the entry's call is done.
+// entry is one message on its way. err is valid once the entry's call is done, and nobody's business before.
 type entry struct {
 	msg  *nats.Msg
 	key  string // partition key, "" for none
@@ -87,18 +87,21 @@ type lane struct {
 	busy  bool // a group is on its way. One at a time: two would halve the groups and keep no order
 }
 
-// publish sends entries and returns when each has its result in err. Entries of one stream keep their order: the next
-// group of a call is queued when the one before it is settled, and not sent when it failed.
-func (p *publisher) publish(ctx context.Context, entries []*entry) {
+// publish sends entries and returns the result of each. When ctx ends first, those that are on their way have an unknown
+// outcome, and the entries must not be used again. Entries of one stream keep their order: the next group of a call is
+// queued when the one before it is settled, and not sent when it failed.
+func (p *publisher) publish(ctx context.Context, entries []*entry) []error {
+	errs := make([]error, len(entries))
 	type part struct {
 		lane    *lane
 		entries []*entry
+		index   []int
 	}
 	var parts []*part
-	for _, e := range entries {
+	for n, e := range entries {
 		l, err := p.lane(ctx, e.msg.Subject)
 		if err != nil {
-			e.err = err
+			errs[n] = err
 			continue
 		}
 		i := 0
@@ -108,37 +111,50 @@ func (p *publisher) publish(ctx context.Context, entries []*entry) {
 		if i == len(parts) {
 			parts = append(parts, &part{lane: l})
 		}
-		parts[i].entries = append(parts[i].entries, e)
-	}
-	if len(parts) == 1 {
-		parts[0].lane.publish(ctx, parts[0].entries)
-		return
+		parts[i].entries, parts[i].index = append(parts[i].entries, e), append(parts[i].index, n)
 	}
 	var wg sync.WaitGroup
-	for _, part := range parts {
-		wg.Go(func() { part.lane.publish(ctx, part.entries) })
+	for i, part := range parts {
+		work := func() {
+			for i, err := range part.lane.publish(ctx, part.entries) {
+				errs[part.index[i]] = err
+			}
+		}
+		if i < len(parts)-1 {
+			wg.Go(work)
+		} else {
+			work() // nearly always the only one
+		}
 	}
 	wg.Wait()
+	return errs
 }
 
-func (l *lane) publish(ctx context.Context, entries []*entry) {
-	var failed error
+func (l *lane) publish(ctx context.Context, entries []*entry) []error {
+	errs := make([]error, 0, len(entries))
+	var failed error // passes, but what comes after it must wait for the next attempt
 	for len(entries) > 0 {
 		chunk := entries[:min(len(entries), maxGroup)]
 		entries = entries[len(chunk):]
 		if failed == nil {
-			failed = l.publishChunk(ctx, chunk)
-			continue
+			var settled bool
+			if settled, failed = l.publishChunk(ctx, chunk); settled {
+				for _, e := range chunk {
+					errs = append(errs, e.err)
+				}
+				continue
+			}
 		}
-		for _, e := range chunk {
-			e.err = failed
+		for range chunk {
+			errs = append(errs, failed)
 		}
 	}
+	return errs
 }
 
-// publishChunk queues entries, works on the queue if nobody else does, and waits. It returns an error that passes, if
-// one of the entries had one: what comes after it must wait for the next attempt.
-func (l *lane) publishChunk(ctx context.Context, chunk []*entry) error {
+// publishChunk queues entries, has the queue worked on if it is not, and waits until they are settled or ctx ends. The
+// error is one that passes, if there was one.
+func (l *lane) publishChunk(ctx context.Context, chunk []*entry) (settled bool, passing error) {
 	c := &call{left: len(chunk), done: make(chan struct{})}
 	for _, e := range chunk {
 		e.call = c
@@ -149,31 +165,36 @@ func (l *lane) publishChunk(ctx context.Context, chunk []*entry) error {
 	l.busy = true
 	l.mu.Unlock()
 	if lead {
-		l.work()
+		go l.work() // not the caller's own work: the group may need longer than the caller has
 	}
-	// Whatever happens to ctx, each group ends within ackTimeout, and its outcome is worth knowing. Waiting for it keeps
-	// the entries' ownership simple.
-	<-c.done
-	for _, e := range chunk {
-		if e.err != nil && postrider.Retryable(e.err) {
-			return e.err
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		return false, &postrider.Error{
+			Code: postrider.CodeOf(ctx.Err()), Op: "bus: publish", Err: ctx.Err(),
+			Msg: "gave up waiting for the acknowledgement: it may have been stored",
 		}
 	}
-	return ctx.Err()
+	for _, e := range chunk {
+		if e.err != nil && postrider.Retryable(e.err) {
+			return true, e.err
+		}
+	}
+	return true, nil
 }
 
-// work sends one group, then hands over to a goroutine if more is waiting.
+// work sends what is queued, group by group.
 func (l *lane) work() {
-	runtime.Gosched() // callers that are ready join the group, those of the group before it above all
-	if group := l.take(); len(group) > 0 {
-		l.send(group)
-	}
-	l.mu.Lock()
-	l.busy = len(l.queue) > 0
-	more := l.busy
-	l.mu.Unlock()
-	if more {
-		go l.work()
+	for {
+		runtime.Gosched() // callers that are ready join the group, those of the group before it above all
+		l.send(l.take())
+		l.mu.Lock()
+		l.busy = len(l.queue) > 0
+		more := l.busy
+		l.mu.Unlock()
+		if !more {
+			return
+		}
 	}
 }
 

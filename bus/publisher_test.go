@@ -1,9 +1,12 @@
 package bus
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -44,7 +47,7 @@ func TestSingleKeepsTheOrderOfAKey(t *testing.T) {
 		entries = append(entries, e)
 	}
 	l := &lane{pub: newPublisher(nc, js)}
-	l.publish(t.Context(), entries)
+	errs := l.publish(t.Context(), entries)
 	mu.Lock()
 	got := strings.Join(arrived, " ")
 	mu.Unlock()
@@ -52,8 +55,31 @@ func TestSingleKeepsTheOrderOfAKey(t *testing.T) {
 		t.Errorf("sent %q: want all but a2, which must wait for a1", got)
 	}
 	for i, e := range entries {
-		if failed := i < 2; failed != postrider.Retryable(e.err) {
-			t.Errorf("%s: %v", e.msg.Data, e.err)
+		if failed := i < 2; failed != postrider.Retryable(errs[i]) {
+			t.Errorf("%s: %v", e.msg.Data, errs[i])
 		}
 	}
+}
+
+// TestPublishHonoursItsContext has a stand-in for a stream that never answers.
+func TestPublishHonoursItsContext(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub, err := nc.SubscribeSync("silent")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = sub.Unsubscribe() })
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	l := &lane{pub: newPublisher(nc, js)}
+	err = l.publish(ctx, []*entry{{msg: &nats.Msg{Subject: "silent"}}})[0]
+	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, postrider.DeadlineExceeded) {
+		t.Errorf("error is %v, want that of the context", err)
+	}
+	nc.Close() // ends the wait that goes on behind
 }

@@ -169,7 +169,7 @@ func (s *Server) reply(c *inbound, reply *postrider.Message) {
 		err = s.sendReply(c, postrider.ErrorReply(c.request, err))
 	}
 	if err != nil {
-		s.cfg.Logger.Error("rpc: reply not sent", "method", c.method.handler.Name(), "id", c.request.ID, "error", err)
+		s.cfg.Logger.Warn("rpc: reply not sent", "method", c.method.handler.Name(), "id", c.request.ID, "error", err)
 	}
 }
 

@@ -214,7 +214,8 @@ func (p *Plan[D]) Data(i *Instance) (*D, error) {
 func (e *Engine) Wait(ctx context.Context, id string) (*Instance, error) {
 	ended := e.waiters.add(id)
 	defer e.waiters.remove(id, ended)
-	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
+	// The poll is for ends that another instance makes.
+	for pause := 50 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
 		i, err := e.Get(ctx, id)
 		if err != nil || i.Status.Ended() {
 			return i, err

@@ -20,6 +20,9 @@ import (
 // of steps needs a new version, and the old plan stays registered until its last saga has ended.
 type Plan[D any] struct{ def definition }
 
+// Name returns the plan's name, for [Engine.Find].
+func (p *Plan[D]) Name() string { return p.def.name }
+
 // AnyPlan is a [Plan] of whatever data.
 type AnyPlan interface{ definition() *definition }
 

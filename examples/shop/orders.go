@@ -80,7 +80,7 @@ func (o *orders) place(ctx context.Context, order *Order) (*Receipt, error) {
 	})
 	if err == nil && receipt.Saga == "" { // a repetition
 		var running *saga.Instance
-		if running, err = o.engine.Find(ctx, placementName, order.key()); err == nil {
+		if running, err = o.engine.Find(ctx, Placement.Name(), order.key()); err == nil {
 			receipt.Saga = running.ID
 		}
 	}
@@ -178,7 +178,7 @@ func (o *orders) books(ctx context.Context, _ *Done) (*OrdersFigures, error) {
 	}
 	f := &OrdersFigures{Traffic: o.traffic(), Placed: len(all), Why: map[string]int{}}
 	for _, p := range all {
-		s, err := o.engine.Find(ctx, placementName, fmt.Sprint(p.ID))
+		s, err := o.engine.Find(ctx, Placement.Name(), fmt.Sprint(p.ID))
 		if err != nil {
 			return nil, err
 		}

@@ -9,12 +9,9 @@ type Placing struct {
 	Shipment Shipment `json:"shipment"`
 }
 
-// placementName stands in the database: it stays when Go names change.
-const placementName = "order.place"
-
 // Placement carries an order through the services, to its end or back. Until the shipment is booked every step can be
 // undone: when one is refused those before it are, the last one first. After that there is only forward.
-var Placement = saga.Define(placementName, 1, func(p *Placing) string { return p.Order.key() },
+var Placement = saga.Define("order.place", 1, func(p *Placing) string { return p.Order.key() },
 	saga.Step("reserve", saga.Send(ReserveStock,
 		func(p *Placing) *Reservation { return &Reservation{p.Order.ID, p.Order.Lines} }),
 		saga.Undo(saga.Send(ReleaseStock, orderRef))),
