@@ -35,8 +35,15 @@ type subscription struct {
 	asked    int                 // requested from the server and not yet received
 	held     map[*nats.Msg]int64 // received and not settled
 	lastSign time.Time           // when the server was last heard of
+	lastPull time.Time           // when the server was last asked
 	draining bool
 	lost     bool // the consumer is gone: bind again
+
+	// Of an ordered subscription only, see lanes.go.
+	lanes    *lanes
+	pin      string // tells the server that we own the consumer
+	takeOver bool   // deliveries are dropped until they begin anew
+	wasReset bool   // the consumer was told to begin anew
 	queue    chan *nats.Msg
 	wake     chan struct{} // tells the pull loop that there may be room
 }
@@ -47,13 +54,22 @@ const (
 )
 
 // capacity is how many messages the process holds at most: those being handled and as many to follow.
-func (s *subscription) capacity() int { return 2 * s.cfg.concurrency }
+// Ordered keys wait for each other, so more are held, for other keys to go on.
+func (s *subscription) capacity() int {
+	if s.cfg.ordered {
+		return 64 + 8*s.cfg.concurrency
+	}
+	return 2 * s.cfg.concurrency
+}
 
 // run serves the subscription until ctx ends, then drains.
 func (s *subscription) run(ctx context.Context) error {
 	s.held = make(map[*nats.Msg]int64, s.capacity())
 	s.queue = make(chan *nats.Msg, s.capacity())
 	s.wake = make(chan struct{}, 1)
+	if s.cfg.ordered {
+		s.lanes = newLanes(s.queue)
+	}
 	// Handlers outlive ctx: they end by themselves, or at DrainTimeout.
 	handlerCtx, cancelHandlers := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancelHandlers()
@@ -61,7 +77,9 @@ func (s *subscription) run(ctx context.Context) error {
 	for range s.cfg.concurrency {
 		workers.Go(func() {
 			for msg := range s.queue {
-				s.handle(handlerCtx, msg)
+				if s.mayBegin(msg) && s.handle(handlerCtx, msg) {
+					s.settled(msg)
+				}
 			}
 		})
 	}
@@ -72,6 +90,10 @@ func (s *subscription) run(ctx context.Context) error {
 	s.drain()
 	close(s.queue)
 	err := s.await(&workers, cancelHandlers)
+	if s.lanes != nil {
+		s.giveBackAll()
+		s.unpin(context.WithoutCancel(ctx))
+	}
 	close(stopHelpers)
 	helpers.Wait()
 	if flushErr := s.bus.nc.FlushTimeout(ackTimeout); flushErr != nil && err == nil && s.bus.nc.IsConnected() {
@@ -149,6 +171,11 @@ func (s *subscription) pull(ctx context.Context) error {
 			return err
 		}
 	}
+	if s.lanes != nil {
+		if err := s.keepOwnership(ctx); err != nil {
+			return err
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sub == nil {
@@ -164,14 +191,24 @@ func (s *subscription) pull(ctx context.Context) error {
 	if room < (s.capacity()+1)/2 {
 		return nil
 	}
-	request := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"idle_heartbeat":%d}`,
+	request := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"idle_heartbeat":%d`,
 		room, pullExpiry.Nanoseconds(), pullHeartbeat.Nanoseconds())
-	subject := "$JS.API.CONSUMER.MSG.NEXT." + s.stream + "." + s.durable
-	if err := s.bus.nc.PublishRequest(subject, s.sub.Subject, request); err != nil {
+	if s.lanes != nil {
+		request = fmt.Appendf(request, `,"group":%q`, ownerGroup)
+		if s.pin != "" {
+			request = fmt.Appendf(request, `,"id":%q`, s.pin)
+		}
+	}
+	sent := time.Now()
+	if err := s.bus.nc.PublishRequest(s.pullSubject(), s.sub.Subject, append(request, '}')); err != nil {
 		return fromNATS("bus: pull from "+s.durable, err)
 	}
-	s.asked += room
+	s.asked, s.lastPull = s.asked+room, sent
 	return nil
+}
+
+func (s *subscription) pullSubject() string {
+	return "$JS.API.CONSUMER.MSG.NEXT." + s.stream + "." + s.durable
 }
 
 // reset forgets the pull requests that are out. What they still bring goes to nobody and comes again after AckWait.
@@ -197,15 +234,21 @@ func (s *subscription) receive(msg *nats.Msg) {
 	if s.asked > 0 {
 		s.asked--
 	}
-	if s.draining || len(s.queue) == cap(s.queue) {
+	if s.draining || len(s.held) >= cap(s.queue) {
 		s.mu.Unlock()
 		s.giveBack(msg)
 		return
 	}
-	s.held[msg] = s.lastSign.UnixNano()
+	defer s.mu.Unlock()
 	// Sending under the lock is safe: the queue has room, and the drain closes it only after draining is set.
-	s.queue <- msg
-	s.mu.Unlock()
+	switch {
+	case s.lanes == nil:
+		s.held[msg] = s.lastSign.UnixNano()
+		s.queue <- msg
+	case s.owned(msg):
+		s.held[msg] = s.lastSign.UnixNano()
+		s.lanes.add(msg, partitionKey(msg))
+	}
 }
 
 // status handles a message of the server about a pull request. The lock is held.
@@ -213,6 +256,8 @@ func (s *subscription) status(msg *nats.Msg) {
 	switch msg.Header.Get("Status") {
 	case "100": // idle heartbeat
 		return
+	case "423": // another client has the pin
+		s.disown()
 	case "404", "408", "409": // the request has ended, with so many messages not delivered
 		if n, err := strconv.Atoi(msg.Header.Get("Nats-Pending-Messages")); err == nil {
 			s.asked = max(s.asked-n, 0)
@@ -276,8 +321,10 @@ func (s *subscription) drain() {
 	for {
 		select {
 		case msg := <-s.queue:
-			s.settled(msg)
-			s.giveBack(msg)
+			if s.lanes == nil { // else it must wait for the one of its key that is being handled
+				s.settled(msg)
+				s.giveBack(msg)
+			}
 		default:
 			return
 		}
@@ -291,6 +338,9 @@ func (s *subscription) giveBack(msg *nats.Msg) { s.answer(msg, []byte("-NAK")) }
 func (s *subscription) settled(msg *nats.Msg) {
 	s.mu.Lock()
 	delete(s.held, msg)
+	if s.lanes != nil && !s.draining {
+		s.lanes.next(msg)
+	}
 	room := s.capacity() - len(s.held) - s.asked
 	s.mu.Unlock()
 	if room >= (s.capacity()+1)/2 {
@@ -305,18 +355,20 @@ func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
 	}
 }
 
-// handle runs the handler on one message and settles it.
-func (s *subscription) handle(ctx context.Context, msg *nats.Msg) {
-	defer s.settled(msg)
+// handle runs the handler on one message and settles it. It returns false if the message stays here, to be tried again.
+func (s *subscription) handle(ctx context.Context, msg *nats.Msg) bool {
 	meta, err := msg.Metadata()
 	if err != nil {
 		s.log.Error("a message without JetStream metadata was dropped: no stream sent it", "subject", msg.Subject, "error", err)
-		return
+		return true
 	}
 	m, isEvent, err := decode(msg, s.bus.topic(msg.Subject))
 	m.Delivery = postrider.Delivery{
 		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream,
 		Stored: meta.Timestamp, Group: s.cfg.group,
+	}
+	if s.lanes != nil {
+		m.Delivery.Attempt += s.triedHere(msg)
 	}
 	var reply *postrider.Message
 	switch {
@@ -328,20 +380,20 @@ func (s *subscription) handle(ctx context.Context, msg *nats.Msg) {
 	default:
 		reply, err = s.handler.Handle(ctx, m)
 	}
-	s.settle(msg, m, reply, err)
+	return s.settle(msg, m, reply, err)
 }
 
 // settle decides what becomes of a handled message: acknowledged, delivered again later, or in the dead letters with
-// its cause. Nothing is dropped silently, and nothing is settled before what follows from it is stored.
-func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err error) {
+// its cause. Nothing is dropped silently, and nothing is settled before what follows from it is stored. It returns false
+// if the message stays here, to be tried again in its lane.
+func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err error) bool {
 	// Not the handler's context: what was done must be told even if the handler was cancelled.
 	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
 	defer cancel()
 	verdict := []byte(nil) // an empty payload acknowledges
 	if err != nil {
 		if delay, again := backoff.Next(s.cfg.retry, m.Delivery.Attempt, err); again {
-			s.retry(msg, m, delay, err)
-			return
+			return s.retry(msg, m, delay, err)
 		}
 		if s.handler.IsCall() {
 			reply = postrider.ErrorReply(m, err)
@@ -349,8 +401,7 @@ func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err er
 		// The refusal of a command is an answer, and its asker gets it. Anything else that failed for good is kept.
 		if refused := !postrider.Retryable(err) && reply != nil && reply.Topic != ""; !refused {
 			if dlErr := s.deadLetter(ctx, msg, m, err); dlErr != nil {
-				s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), errors.Join(err, dlErr))
-				return
+				return s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), errors.Join(err, dlErr))
 			}
 			verdict = []byte("+TERM dead letter: " + postrider.CodeOf(err).String())
 		}
@@ -359,22 +410,28 @@ func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err er
 		if pubErr := s.bus.Publish(ctx, reply); pubErr != nil {
 			// The handler runs again: it is idempotent or has been told that delivery is at least once.
 			s.log.Warn("reply not published, the command is delivered again", "id", m.ID, "replyto", reply.Topic, "error", pubErr)
-			s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), pubErr)
-			return
+			return s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), pubErr)
 		}
 	}
 	if verdict == nil {
 		s.bus.stats.handled.Add(1)
 	}
 	s.answer(msg, verdict)
+	return true
 }
 
-// retry hands the message back to be delivered after a delay.
-func (s *subscription) retry(msg *nats.Msg, m *postrider.Message, delay time.Duration, err error) {
+// retry hands the message back to be delivered after a delay, or keeps it at the head of its lane. It returns whether the
+// message is settled.
+func (s *subscription) retry(msg *nats.Msg, m *postrider.Message, delay time.Duration, err error) bool {
 	s.bus.stats.retried.Add(1)
 	s.log.Debug("attempt failed", "id", m.ID, "type", m.Type, "attempt", m.Delivery.Attempt, "delay", delay, "error", err)
+	if s.lanes != nil {
+		s.retryInPlace(msg, delay)
+		return false
+	}
 	verdict, _ := json.Marshal(struct { //nolint:errchkjson // a number
 		Delay int64 `json:"delay"`
 	}{delay.Nanoseconds()})
 	s.answer(msg, append([]byte("-NAK "), verdict...))
+	return true
 }

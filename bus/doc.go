@@ -31,6 +31,12 @@
 // stored in the dead letters, and only then given up. Handlers may see a message twice: wrap them with package
 // idempotency where that matters.
 //
+// # Order
+//
+// A subscription that is [Ordered] handles the messages of one partition key one at a time, in the order of the stream,
+// and other keys beside them; a key whose message fails waits, and only that key. One instance of the group is active,
+// and another one takes over when it stops or dies.
+//
 // Not for: messages that may be lost (use NATS itself), answers that a caller waits for (package rpc), publishing that
 // must agree with a database transaction (package outbox).
 package bus

@@ -34,6 +34,7 @@ type subscribeConfig struct {
 	retry       postrider.RetryPolicy
 	ackWait     time.Duration
 	from        Position
+	ordered     bool
 }
 
 // Group names the group: each message goes to one member of each group, and the group keeps its place in the stream
@@ -54,6 +55,13 @@ func AckWait(d time.Duration) SubscribeOption { return func(c *subscribeConfig) 
 // From says where a new group begins. A group that exists goes on where it was. Default [DeliverNew] for events,
 // [DeliverAll] for commands.
 func From(p Position) SubscribeOption { return func(c *subscribeConfig) { c.from = p } }
+
+// Ordered has messages with the same partition key ([postrider.KeyBy]) handled one at a time, in the order of the stream;
+// other keys run beside them, up to [Concurrency]. A failed attempt keeps its key waiting, and no other, until it succeeds or
+// the message is in the dead letters. Among the instances of the group one is active: when it stops another one takes
+// over at once, when it dies within about three seconds. After a take-over messages that were handled before may come
+// again, in order and with older ones first: wrap the handler with package idempotency.
+func Ordered() SubscribeOption { return func(c *subscribeConfig) { c.ordered = true } }
 
 // Subscribe has h handle the messages of its topic, from [Bus.Run] on. Events come to one member of each group. The
 // handler of a [postrider.Method] gets the commands sent to it, and its reply goes to the topic that the command asks
@@ -133,6 +141,9 @@ func (s *subscription) bind(ctx context.Context) error {
 		MaxDeliver:    -1, // attempts are counted here: the server would drop the message
 		MaxAckPending: max(1000, 4*s.cfg.concurrency),
 		MaxWaiting:    512,
+	}
+	if s.cfg.ordered {
+		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{ownerGroup}, ownerTTL
 	}
 	if s.cfg.from == DeliverAll {
 		cfg.DeliverPolicy = jetstream.DeliverAllPolicy

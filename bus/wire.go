@@ -18,6 +18,7 @@ const (
 	headerID     = headerPrefix + "id"
 	headerMsgID  = nats.MsgIdHdr
 	headerSpec   = headerPrefix + "specversion"
+	headerKey    = headerPrefix + postrider.ExtPartitionKey
 	headerStruct = "Content-Type"
 )
 
@@ -33,6 +34,18 @@ func encode(m *postrider.Message, subject string) *nats.Msg {
 	envelope.Headers(m, func(name, value string) { set(headerPrefix+name, envelope.Escape(value)) })
 	set(headerMsgID, envelope.Escape(m.Source)+"#"+envelope.Escape(m.ID))
 	return &nats.Msg{Subject: subject, Header: header, Data: m.Data}
+}
+
+// partitionKey reads the key of a message that is not decoded yet.
+func partitionKey(msg *nats.Msg) string {
+	if values := msg.Header[headerKey]; len(values) > 0 {
+		return envelope.Unescape(values[0])
+	}
+	if len(msg.Header[headerSpec]) > 0 { // binary mode
+		return ""
+	}
+	m, _, _ := decode(msg, "") // what cannot be read has no key, and ends in the dead letters
+	return m.Key()
 }
 
 // decode reads what a stream delivered: binary mode, structured JSON, or structured protobuf. The last result is false,
