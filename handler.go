@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
+	"strings"
 	"slices"
 )
 
@@ -25,9 +26,17 @@ func newHandler(name, topic string, call bool, fn HandlerFunc) Handler {
 	return Handler{name: name, topic: topic, call: call, fn: protect(name, fn)}
 }
 
-// RawHandler makes a handler that gets the messages of a topic as they are, undecoded.
+// RawHandler makes a handler that gets the messages of a topic as they are, undecoded. The topic may have wildcards: "*"
+// is any one token, ">" at the end one or more, so "orders.>" is all that happens to orders. It panics on a malformed
+// topic.
 func RawHandler(topic string, fn func(ctx context.Context, m *Message) error) Handler {
-	checkName("topic", topic)
+	tokens := strings.Split(topic, ".")
+	for i, t := range tokens {
+		if t == "*" || t == ">" && i == len(tokens)-1 {
+			tokens[i] = "wildcard"
+		}
+	}
+	checkName("topic", strings.Join(tokens, "."))
 	h := newHandler(topic, topic, false, func(ctx context.Context, m *Message) (*Message, error) {
 		return nil, fn(ctx, m)
 	})

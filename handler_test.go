@@ -141,3 +141,20 @@ func TestMiddlewareMayAnswer(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+func TestRawHandlerTopics(t *testing.T) {
+	t.Parallel()
+	panics := func(topic string) (panicked bool) {
+		defer func() { panicked = recover() != nil }()
+		postrider.RawHandler(topic, func(context.Context, *postrider.Message) error { return nil })
+		return false
+	}
+	for topic, bad := range map[string]bool{
+		"a": false, "a.b": false, "a.*.c": false, "*.b": false, "a.>": false, ">": false, "*": false,
+		"": true, "a..b": true, "a.>.c": true, "a.b*": true, "a*.b": true, "a>": true, "a b": true, "a.": true,
+	} {
+		if got := panics(topic); got != bad {
+			t.Errorf("RawHandler(%q) panics: %v, want %v", topic, got, bad)
+		}
+	}
+}

@@ -36,8 +36,10 @@ type subscription struct {
 	held     map[*nats.Msg]int64 // received and not settled
 	lastSign time.Time           // when the server was last heard of
 	lastPull time.Time           // when the server was last asked
-	draining bool
-	lost     bool // the consumer is gone: bind again
+
+	lastSequence uint64 // of a broadcast: the last that arrived
+	draining     bool
+	lost         bool // the consumer is gone: bind again
 
 	// Of an ordered subscription only, see lanes.go.
 	lanes    *lanes
@@ -96,10 +98,22 @@ func (s *subscription) run(ctx context.Context) error {
 	}
 	close(stopHelpers)
 	helpers.Wait()
+	if s.cfg.broadcast {
+		s.forget(context.WithoutCancel(ctx))
+	}
 	if flushErr := s.bus.nc.FlushTimeout(ackTimeout); flushErr != nil && err == nil && s.bus.nc.IsConnected() {
 		s.log.Warn("the last acknowledgements may be lost: their messages come again", "error", flushErr)
 	}
 	return err
+}
+
+// forget removes the consumer of a broadcast, which nobody else uses. If that fails the server does it later.
+func (s *subscription) forget(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, ackTimeout)
+	defer cancel()
+	if err := s.bus.js.DeleteConsumer(ctx, s.stream, s.durable); err != nil {
+		s.log.Debug("consumer not deleted", "consumer", s.durable, "error", err)
+	}
 }
 
 // await waits for the workers, cancels their contexts at DrainTimeout, and gives up on those that do not even then end.
@@ -240,6 +254,11 @@ func (s *subscription) receive(msg *nats.Msg) {
 		return
 	}
 	defer s.mu.Unlock()
+	if s.cfg.broadcast {
+		if meta, err := msg.Metadata(); err == nil {
+			s.lastSequence = max(s.lastSequence, meta.Sequence.Stream)
+		}
+	}
 	// Sending under the lock is safe: the queue has room, and the drain closes it only after draining is set.
 	switch {
 	case s.lanes == nil:

@@ -229,6 +229,40 @@ func TestRawHandlerTakesAnything(t *testing.T) {
 	}
 }
 
+func TestWildcards(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	var mu sync.Mutex
+	got := map[string][]string{}
+	for _, pattern := range []string{"notes.>", "notes.*.v1", "notes.raw"} {
+		h := postrider.RawHandler(pattern, func(_ context.Context, m *postrider.Message) error {
+			mu.Lock()
+			defer mu.Unlock()
+			got[pattern] = append(got[pattern], m.Topic)
+			return nil
+		})
+		if err := b.Subscribe(h, bus.From(bus.DeliverAll)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(t, b)
+	<-b.Started()
+	for _, topic := range []string{"notes.raw", "notes.written.v1", "notes.a.b.c"} {
+		if err := b.Publish(t.Context(), &postrider.Message{ID: topic, Type: topic}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	postridertest.Eventually(t, wantCount(func() int { return int(b.Stats().Handled) }, 5))
+	mu.Lock()
+	defer mu.Unlock()
+	for pattern, want := range map[string]int{"notes.>": 3, "notes.*.v1": 1, "notes.raw": 1} {
+		if len(got[pattern]) != want {
+			t.Errorf("%s got %v, want %d messages", pattern, got[pattern], want)
+		}
+	}
+}
+
 func TestReadsWhatTheGoSDKWrites(t *testing.T) {
 	t.Parallel()
 	nc := postridertest.NATS(t)

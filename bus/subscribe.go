@@ -26,6 +26,9 @@ const (
 	// DeliverAll begins with the oldest message that the stream has: the default for commands, which are meant for this
 	// service whenever it starts.
 	DeliverAll
+
+	fromSequence
+	fromTime
 )
 
 type subscribeConfig struct {
@@ -34,7 +37,10 @@ type subscribeConfig struct {
 	retry       postrider.RetryPolicy
 	ackWait     time.Duration
 	from        Position
+	sequence    uint64    // with fromSequence
+	since       time.Time // with fromTime
 	ordered     bool
+	broadcast   bool
 }
 
 // Group names the group: each message goes to one member of each group, and the group keeps its place in the stream
@@ -55,6 +61,21 @@ func AckWait(d time.Duration) SubscribeOption { return func(c *subscribeConfig) 
 // From says where a new group begins. A group that exists goes on where it was. Default [DeliverNew] for events,
 // [DeliverAll] for commands.
 func From(p Position) SubscribeOption { return func(c *subscribeConfig) { c.from = p } }
+
+// FromSequence has a new group begin with a sequence number of the stream.
+func FromSequence(seq uint64) SubscribeOption {
+	return func(c *subscribeConfig) { c.from, c.sequence = fromSequence, seq }
+}
+
+// FromTime has a new group begin with the first message that was stored at t or later.
+func FromTime(t time.Time) SubscribeOption {
+	return func(c *subscribeConfig) { c.from, c.since = fromTime, t }
+}
+
+// Broadcast has every instance handle every message, instead of one instance of the group: to drop a cache, to follow a
+// stream. It begins where [From] says, with new messages unless told otherwise, each time that [Bus.Run] starts; while it
+// runs it misses nothing, and when it ends its place is forgotten. Retries and dead letters are as always.
+func Broadcast() SubscribeOption { return func(c *subscribeConfig) { c.broadcast = true } }
 
 // Ordered has messages with the same partition key ([postrider.KeyBy]) handled one at a time, in the order of the stream;
 // other keys run beside them, up to [Concurrency]. A failed attempt keeps its key waiting, and no other, until it succeeds or
@@ -92,8 +113,10 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 		return bad("Concurrency is %d: want 1 to 10,000", c.concurrency)
 	case c.ackWait < time.Second:
 		return bad("AckWait is %v: want at least 1s", c.ackWait)
-	case c.from != DeliverNew && c.from != DeliverAll:
+	case c.from < DeliverNew || c.from > fromTime:
 		return bad("From is %d: want DeliverNew or DeliverAll", c.from)
+	case c.ordered && c.broadcast:
+		return bad("Ordered and Broadcast exclude each other: one instance is active, or all are")
 	}
 	if err := c.retry.Validate(); err != nil {
 		return bad("%w", err)
@@ -111,7 +134,10 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 	}
 	s := &subscription{
 		bus: b, cfg: c, handler: h.With(b.cfg.Middleware...),
-		durable: c.group + "-" + strings.ReplaceAll(h.Topic(), ".", "_"),
+		durable: durableName(c.group, h.Topic()),
+	}
+	if c.broadcast {
+		s.durable += "-" + postrider.NewID()
 	}
 	s.log = b.log.With("group", c.group, "topic", h.Topic())
 	b.subs = append(b.subs, s)
@@ -145,11 +171,26 @@ func (s *subscription) bind(ctx context.Context) error {
 	if s.cfg.ordered {
 		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{ownerGroup}, ownerTTL
 	}
-	if s.cfg.from == DeliverAll {
+	switch s.cfg.from {
+	case DeliverAll:
 		cfg.DeliverPolicy = jetstream.DeliverAllPolicy
+	case fromSequence:
+		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, s.cfg.sequence
+	case fromTime:
+		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &s.cfg.since
+	case DeliverNew:
+	}
+	if s.cfg.broadcast {
+		cfg.Name, cfg.Durable, cfg.InactiveThreshold = s.durable, "", broadcastMemory
+		s.mu.Lock()
+		if s.lastSequence > 0 { // the consumer was lost
+			cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = jetstream.DeliverByStartSequencePolicy, s.lastSequence+1, nil
+		}
+		s.mu.Unlock()
 	}
 	if have, err := b.js.Consumer(ctx, stream, s.durable); err == nil {
-		cfg.DeliverPolicy = have.CachedInfo().Config.DeliverPolicy // where it began cannot be changed, nor needs to be
+		began := have.CachedInfo().Config // that cannot be changed, nor needs to be
+		cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = began.DeliverPolicy, began.OptStartSeq, began.OptStartTime
 	} else {
 		s.log.Info("new group", "stream", stream, "durable", s.durable, "from", s.cfg.from.String())
 	}
@@ -160,10 +201,48 @@ func (s *subscription) bind(ctx context.Context) error {
 	return nil
 }
 
-// String returns "new" or "all".
-func (p Position) String() string {
-	if p == DeliverAll {
-		return "all"
+// broadcastMemory is how long the server keeps the place of an instance of a broadcast that is away.
+const broadcastMemory = 5 * time.Minute
+
+// Pause stops the delivery of a topic to a group, in all its instances, until a time or [Bus.Resume]. Messages wait in the
+// stream; those that an instance has already are handled. The server keeps the pause over restarts. Errors: NotFound when
+// the group has no such subscription.
+func (b *Bus) Pause(ctx context.Context, group, topic string, until time.Time) error {
+	return b.pause(ctx, "bus: pause ", group, topic, until)
+}
+
+// Resume ends a pause. It does nothing to a group that is not paused.
+func (b *Bus) Resume(ctx context.Context, group, topic string) error {
+	return b.pause(ctx, "bus: resume ", group, topic, time.Time{})
+}
+
+func (b *Bus) pause(ctx context.Context, op, group, topic string, until time.Time) error {
+	op += topic + " of group " + group
+	stream, err := b.js.StreamNameBySubject(ctx, b.subject(topic))
+	if err != nil {
+		return fromNATS(op, err)
 	}
-	return "new"
+	if _, err = b.js.PauseConsumer(ctx, stream, durableName(group, topic), until); err != nil {
+		return fromNATS(op, err)
+	}
+	return nil
+}
+
+// durableName is the name of a group's consumer. Such names have neither dots nor wildcards.
+func durableName(group, topic string) string {
+	return group + "-" + strings.NewReplacer(".", "_", "*", "=any", ">", "=rest").Replace(topic)
+}
+
+// String says where a group begins.
+func (p Position) String() string {
+	switch p {
+	case DeliverAll:
+		return "all"
+	case fromSequence:
+		return "sequence"
+	case fromTime:
+		return "time"
+	default:
+		return "new"
+	}
 }
