@@ -4,8 +4,8 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
-	"strings"
 	"slices"
+	"strings"
 )
 
 // HandlerFunc handles one message and returns the reply to it, nil for an event.
