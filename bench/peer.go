@@ -40,7 +40,7 @@ func (p peer) String() string { return p.name }
 func allPeers() []peer {
 	return []peer{
 		{name: "plain", title: "nats.go", open: openPlain},
-		{name: "postrider", title: "Postrider", lacks: []kind{keyed}, open: openPostrider},
+		{name: "postrider", title: "Postrider", open: openPostrider},
 		{name: "watermill", title: "Watermill", lacks: []kind{keyed}, open: openWatermill},
 		{name: "cqrs", title: "Watermill CQRS", lacks: []kind{keyed}, open: openCQRS},
 		{name: "cloudevents", title: "CloudEvents SDK", lacks: []kind{keyed, retrying}, open: openCloudEvents},

@@ -60,6 +60,9 @@ func (r *rider) handle(ctx context.Context, n int, fn func(*value) error) (func(
 		bus.Concurrency(n), bus.From(bus.DeliverAll), bus.AckWait(ackWait),
 		bus.Retry(postrider.RetryPolicy{Initial: retryDelay, Max: retryDelay}),
 	}
+	if r.keyed {
+		opts = append(opts, bus.Ordered())
+	}
 	if err := b.Subscribe(h, opts...); err != nil {
 		return nil, err
 	}
