@@ -37,7 +37,8 @@ type subscription struct {
 	lastSign time.Time           // when the server was last heard of
 	lastPull time.Time           // when the server was last asked
 
-	lastSequence uint64 // of a broadcast: the last that arrived
+	handlerTime  time.Duration // that a message takes, on average
+	lastSequence uint64        // of a broadcast: the last that arrived
 	draining     bool
 	lost         bool // the consumer is gone: bind again
 
@@ -55,19 +56,31 @@ const (
 	pullHeartbeat = 2 * time.Second
 )
 
-// capacity is how many messages the process holds at most: those being handled and as many to follow.
-// Ordered keys wait for each other, so more are held, for other keys to go on.
+// How many messages a process takes in advance: large pulls spare the server work, but what one process holds no other
+// instance can handle, and it comes back only after AckWait if the process dies. So it takes what keeps the workers busy
+// for this long, by the time that handlers have taken lately, and at most maxPrefetch.
+const (
+	prefetchTime = 50 * time.Millisecond
+	maxPrefetch  = 2000
+)
+
+// capacity is how many messages the process holds at most, at the least those being handled and as many to follow. Ordered
+// keys wait for each other, so more are held, for other keys to go on. The lock is held.
 func (s *subscription) capacity() int {
+	least := 2 * s.cfg.concurrency
 	if s.cfg.ordered {
-		return 64 + 8*s.cfg.concurrency
+		least = 64 + 8*s.cfg.concurrency
 	}
-	return 2 * s.cfg.concurrency
+	if s.handlerTime == 0 { // not known yet
+		return least
+	}
+	return max(least, min(maxPrefetch, int(prefetchTime/s.handlerTime)*s.cfg.concurrency))
 }
 
 // run serves the subscription until ctx ends, then drains.
 func (s *subscription) run(ctx context.Context) error {
-	s.held = make(map[*nats.Msg]int64, s.capacity())
-	s.queue = make(chan *nats.Msg, s.capacity())
+	s.held = map[*nats.Msg]int64{}
+	s.queue = make(chan *nats.Msg, maxPrefetch+64+8*s.cfg.concurrency) // all that can be held
 	s.wake = make(chan struct{}, 1)
 	if s.cfg.ordered {
 		s.lanes = newLanes(s.queue)
@@ -79,8 +92,12 @@ func (s *subscription) run(ctx context.Context) error {
 	for range s.cfg.concurrency {
 		workers.Go(func() {
 			for msg := range s.queue {
-				if s.mayBegin(msg) && s.handle(handlerCtx, msg) {
-					s.settled(msg)
+				if !s.mayBegin(msg) {
+					continue
+				}
+				began := time.Now()
+				if s.handle(handlerCtx, msg) {
+					s.settled(msg, time.Since(began))
 				}
 			}
 		})
@@ -201,8 +218,9 @@ func (s *subscription) pull(ctx context.Context) error {
 		_ = sub.SetPendingLimits(-1, -1) // bounded by what is asked for
 		s.sub, s.asked, s.lost, s.lastSign = sub, 0, false, time.Now()
 	}
-	room := s.capacity() - len(s.held) - s.asked
-	if room < (s.capacity()+1)/2 {
+	capacity := s.capacity()
+	room := capacity - len(s.held) - s.asked
+	if room < (capacity+1)/2 {
 		return nil
 	}
 	request := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"idle_heartbeat":%d`,
@@ -341,7 +359,7 @@ func (s *subscription) drain() {
 		select {
 		case msg := <-s.queue:
 			if s.lanes == nil { // else it must wait for the one of its key that is being handled
-				s.settled(msg)
+				s.settled(msg, 0)
 				s.giveBack(msg)
 			}
 		default:
@@ -353,16 +371,20 @@ func (s *subscription) drain() {
 // giveBack lets the server deliver a message to somebody else now.
 func (s *subscription) giveBack(msg *nats.Msg) { s.answer(msg, []byte("-NAK")) }
 
-// settled forgets a message.
-func (s *subscription) settled(msg *nats.Msg) {
+// settled forgets a message that was handled in some time, zero if it was not.
+func (s *subscription) settled(msg *nats.Msg, took time.Duration) {
 	s.mu.Lock()
 	delete(s.held, msg)
+	if took > 0 { // a moving average
+		s.handlerTime += (took - s.handlerTime) / 16
+	}
 	if s.lanes != nil && !s.draining {
 		s.lanes.next(msg)
 	}
-	room := s.capacity() - len(s.held) - s.asked
+	capacity := s.capacity()
+	thirsty := capacity-len(s.held)-s.asked >= (capacity+1)/2
 	s.mu.Unlock()
-	if room >= (s.capacity()+1)/2 {
+	if thirsty {
 		s.signal()
 	}
 }

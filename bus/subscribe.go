@@ -144,6 +144,9 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 	return nil
 }
 
+// maxAckPending is how many messages of a group may be on their way or wait for a retry, in all its instances.
+const maxAckPending = 20_000
+
 // bind finds the stream of the topic and makes the durable consumer exist. It is repeated when the consumer is lost.
 func (s *subscription) bind(ctx context.Context) error {
 	b, op := s.bus, "bus: subscribe "+s.handler.Name()
@@ -165,7 +168,7 @@ func (s *subscription) bind(ctx context.Context) error {
 		AckPolicy:     jetstream.AckExplicitPolicy,
 		AckWait:       s.cfg.ackWait,
 		MaxDeliver:    -1, // attempts are counted here: the server would drop the message
-		MaxAckPending: max(1000, 4*s.cfg.concurrency),
+		MaxAckPending: maxAckPending,
 		MaxWaiting:    512,
 	}
 	if s.cfg.ordered {
