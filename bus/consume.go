@@ -29,6 +29,7 @@ type subscription struct {
 	durable string
 	stream  string
 	log     *slog.Logger
+	breaker *breaker // nil: none
 
 	mu       sync.Mutex
 	sub      *nats.Subscription
@@ -40,7 +41,8 @@ type subscription struct {
 	handlerTime  time.Duration // that a message takes, on average
 	lastSequence uint64        // of a broadcast: the last that arrived
 	draining     bool
-	lost         bool // the consumer is gone: bind again
+	stop         chan struct{} // closed when draining begins
+	lost         bool          // the consumer is gone: bind again
 
 	// Of an ordered subscription only, see lanes.go.
 	lanes    *lanes
@@ -81,7 +83,7 @@ func (s *subscription) capacity() int {
 func (s *subscription) run(ctx context.Context) error {
 	s.held = map[*nats.Msg]int64{}
 	s.queue = make(chan *nats.Msg, maxPrefetch+64+8*s.cfg.concurrency) // all that can be held
-	s.wake = make(chan struct{}, 1)
+	s.wake, s.stop = make(chan struct{}, 1), make(chan struct{})
 	if s.cfg.ordered {
 		s.lanes = newLanes(s.queue)
 	}
@@ -92,6 +94,11 @@ func (s *subscription) run(ctx context.Context) error {
 	for range s.cfg.concurrency {
 		workers.Go(func() {
 			for msg := range s.queue {
+				if s.breaker != nil && !s.breaker.enter(s.stop) && s.lanes == nil {
+					s.settled(msg, 0)
+					s.giveBack(msg)
+					continue
+				}
 				if !s.mayBegin(msg) {
 					continue
 				}
@@ -345,6 +352,7 @@ func (s *subscription) drain() {
 	sub := s.sub
 	s.draining = true
 	s.mu.Unlock()
+	close(s.stop)
 	if sub != nil && s.bus.nc.IsConnected() {
 		// Drain unsubscribes and then delivers what the server had sent before it knew.
 		closed := sub.StatusChanged(nats.SubscriptionClosed)
@@ -431,6 +439,7 @@ func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err er
 	// Not the handler's context: what was done must be told even if the handler was cancelled.
 	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
 	defer cancel()
+	s.broken(ctx, err)
 	verdict := []byte(nil) // an empty payload acknowledges
 	if err != nil {
 		if delay, again := backoff.Next(s.cfg.retry, m.Delivery.Attempt, err); again {

@@ -41,6 +41,9 @@ type subscribeConfig struct {
 	since       time.Time // with fromTime
 	ordered     bool
 	broadcast   bool
+
+	breakerLimit int
+	breakerPause time.Duration
 }
 
 // Group names the group: each message goes to one member of each group, and the group keeps its place in the stream
@@ -84,6 +87,13 @@ func Broadcast() SubscribeOption { return func(c *subscribeConfig) { c.broadcast
 // again, in order and with older ones first: wrap the handler with package idempotency.
 func Ordered() SubscribeOption { return func(c *subscribeConfig) { c.ordered = true } }
 
+// CircuitBreaker pauses the group, in all its instances, for a while after so many attempts in a row have failed in this one
+// with errors that may pass: when what the handler needs is down, trying on burns the attempts of message after message.
+// When the pause is over one message is tried; if it fails the group is paused again. Default: no circuit breaker.
+func CircuitBreaker(failures int, pause time.Duration) SubscribeOption {
+	return func(c *subscribeConfig) { c.breakerLimit, c.breakerPause = failures, pause }
+}
+
 // Subscribe has h handle the messages of its topic, from [Bus.Run] on. Events come to one member of each group. The
 // handler of a [postrider.Method] gets the commands sent to it, and its reply goes to the topic that the command asks
 // for. Errors: InvalidArgument for an option out of range, AlreadyExists for a second handler of the same topic and
@@ -115,6 +125,8 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 		return bad("AckWait is %v: want at least 1s", c.ackWait)
 	case c.from < DeliverNew || c.from > fromTime:
 		return bad("From is %d: want DeliverNew or DeliverAll", c.from)
+	case c.breakerLimit < 0 || c.breakerPause < 0 || (c.breakerLimit == 0) != (c.breakerPause == 0):
+		return bad("CircuitBreaker is %d failures and %v: want both positive", c.breakerLimit, c.breakerPause)
 	case c.ordered && c.broadcast:
 		return bad("Ordered and Broadcast exclude each other: one instance is active, or all are")
 	}
@@ -138,6 +150,9 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 	}
 	if c.broadcast {
 		s.durable += "-" + postrider.NewID()
+	}
+	if c.breakerLimit > 0 {
+		s.breaker = newBreaker(c.breakerLimit, c.breakerPause)
 	}
 	s.log = b.log.With("group", c.group, "topic", h.Topic())
 	b.subs = append(b.subs, s)
