@@ -31,14 +31,19 @@ func TestEscape(t *testing.T) {
 func TestUnescapeIsTolerant(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{
-		"%e2%82%ac": "€",      // the case of the digits does not matter
-		"%41bc":     "Abc",    // what need not be escaped may be
-		"a+b":       "a+b",    // a plus is a plus
-		"Euro €":    "Euro €", // the SDK does not escape
-		"100%":      "100%",
-		"100% %20":  "100% %20",
-		"%zz":       "%zz",
-		"%ff%20":    "%ff%20", // no UTF-8
+		"%e2%82%ac":           "€",      // the case of the digits does not matter
+		"%41bc":               "Abc",    // what need not be escaped may be
+		"a+b":                 "a+b",    // a plus is a plus
+		"Euro €":              "Euro €", // the SDK does not escape
+		"100%":                "100%",
+		"100% %20":            "100% %20",
+		"%zz":                 "%zz",
+		`"Euro %e2%82%ac"`:    "Euro €", // older versions of the bindings quoted
+		`"say \"100%25\" \\"`: `say "100%" \`,
+		`""`:                  "",
+		`"`:                   `"`,
+		`"a" and "b"`:         `"a" and "b"`,
+		`"a\"`:                `"a\"`,
 	} {
 		if got := envelope.Unescape(text); got != want {
 			t.Errorf("Unescape(%q) is %q, want %q", text, got, want)
@@ -87,6 +92,7 @@ func TestSetHeaderRefuses(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ name, value string }{
 		{"specversion", "0.3"}, {"specversion", ""}, {"time", "yesterday"}, {"Ext", "x"}, {"ext", "\n"}, {"data", "x"}, {"", "x"},
+		{"id", "\xff"}, {"subject", envelope.Unescape("%C0%A0")}, // "encoded byte sequences which are invalid in UTF-8 MUST be rejected"
 	} {
 		if err := envelope.SetHeader(new(postrider.Message), tt.name, tt.value); err == nil {
 			t.Errorf("SetHeader(%q, %q) is no error", tt.name, tt.value)

@@ -49,6 +49,7 @@ const specVersion = "1.0"
 
 // AppendProto appends m in the protobuf format. Data goes out as binary_data, whatever its content type.
 func AppendProto(dst []byte, m *postrider.Message) []byte {
+	dst = slices.Grow(dst, maxProtoSize(m))
 	dst = appendString(dst, fieldID, m.ID)
 	dst = appendString(dst, fieldSource, m.Source)
 	dst = appendString(dst, fieldSpecVersion, specVersion)
@@ -73,6 +74,16 @@ func AppendProto(dst []byte, m *postrider.Message) []byte {
 		dst = protowire.AppendBytes(dst, m.Data)
 	}
 	return dst
+}
+
+// maxProtoSize returns a size that m does not exceed in the protobuf format: its texts, and what the tags, the lengths (up
+// to 5 bytes each) and the names of all attributes and the time may take.
+func maxProtoSize(m *postrider.Message) int {
+	n := 168 + len(m.ID) + len(m.Source) + len(m.Type) + len(m.ContentType) + len(m.DataSchema) + len(m.Subject) + len(m.Data)
+	for _, x := range m.Extensions {
+		n += 24 + len(x.Name) + len(x.Value)
+	}
+	return n
 }
 
 func appendString(dst []byte, field protowire.Number, s string) []byte {
@@ -117,23 +128,56 @@ var errProtoData = errors.New("proto_data holds a google.protobuf.Any, which Pos
 // ParseProto reads the protobuf format into m. Data aliases b: the caller hands b over. It checks the form only;
 // [postrider.Message.Validate] checks the attributes.
 func ParseProto(b []byte, m *postrider.Message) error {
-	err := fields(b, func(num protowire.Number, v value) error {
+	if err := parseProto(b, m); err != nil {
+		return fmt.Errorf("cloudevents protobuf format: %w", err)
+	}
+	return nil
+}
+
+// protoReader reads one event. The texts of all attributes are parts of one string, which costs one allocation.
+type protoReader struct {
+	m    *postrider.Message
+	text string // the event, without its data if that stands at the end as AppendProto writes it
+	left int    // attributes that may still come, at most
+}
+
+func (r *protoReader) string(v value) string { return r.text[v.at : v.at+len(v.bytes)] }
+
+func parseProto(b []byte, m *postrider.Message) error {
+	r := protoReader{m: m}
+	end := 0
+	err := fields(b, 0, func(num protowire.Number, v value) error {
+		end = len(b)
+		switch {
+		case v.kind != protowire.BytesType:
+		case num == fieldAttributes:
+			r.left++
+		case num == fieldBinaryData || num == fieldTextData:
+			end = v.at
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	r.text = string(b[:end])
+	return fields(b, 0, func(num protowire.Number, v value) error {
 		if v.kind != protowire.BytesType {
 			return nil // not a field that we know
 		}
 		switch num {
 		case fieldID:
-			m.ID = string(v.bytes)
+			m.ID = r.string(v)
 		case fieldSource:
-			m.Source = string(v.bytes)
+			m.Source = r.string(v)
 		case fieldSpecVersion:
 			if string(v.bytes) != specVersion {
 				return fmt.Errorf("specversion is %q, want %q", v.bytes, specVersion)
 			}
 		case fieldType:
-			m.Type = string(v.bytes)
+			m.Type = r.string(v)
 		case fieldAttributes:
-			return parseAttribute(v.bytes, m)
+			return r.attribute(v)
 		case fieldBinaryData, fieldTextData:
 			m.Data = slices.Clip(v.bytes)
 		case fieldProtoData:
@@ -141,24 +185,21 @@ func ParseProto(b []byte, m *postrider.Message) error {
 		}
 		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("cloudevents protobuf format: %w", err)
-	}
-	return nil
 }
 
-func parseAttribute(b []byte, m *postrider.Message) error {
+func (r *protoReader) attribute(entry value) error {
 	var name, text string
 	var at time.Time
-	err := fields(b, func(num protowire.Number, v value) error {
+	stamped := false
+	err := fields(entry.bytes, entry.at, func(num protowire.Number, v value) error {
 		if v.kind != protowire.BytesType {
 			return nil
 		}
 		switch num {
 		case 1:
-			name = string(v.bytes)
+			name = r.string(v)
 		case 2:
-			return fields(v.bytes, func(num protowire.Number, v value) (err error) {
+			return fields(v.bytes, v.at, func(num protowire.Number, v value) (err error) {
 				want := protowire.BytesType
 				if num == valueBoolean || num == valueInteger {
 					want = protowire.VarintType
@@ -168,30 +209,38 @@ func parseAttribute(b []byte, m *postrider.Message) error {
 				}
 				switch num {
 				case valueBoolean:
-					text = strconv.FormatBool(v.varint != 0)
+					text, stamped = strconv.FormatBool(v.varint != 0), false
 				case valueInteger:
-					text = strconv.Itoa(int(int32(v.varint)))
+					text, stamped = strconv.Itoa(int(int32(v.varint))), false
 				case valueString, valueURI, valueURIRef:
-					text = string(v.bytes)
+					text, stamped = r.string(v), false
 				case valueBytes:
-					text = base64.StdEncoding.EncodeToString(v.bytes)
+					text, stamped = base64.StdEncoding.EncodeToString(v.bytes), false
 				case valueTimestamp:
 					at, err = parseTime(v.bytes)
-					text = formatTime(at)
+					stamped = true
 				}
 				return err
 			})
 		}
 		return nil
 	})
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
+	case stamped && name == "time": // nearly always: no text is needed
+		r.m.Time = at
+		return nil
+	case stamped:
+		text = formatTime(at)
 	}
-	return setAttribute(m, name, text, at)
+	err = setAttribute(r.m, name, text, r.left)
+	r.left--
+	return err
 }
 
-// setAttribute sets an optional attribute from its string form; at is its value if it came as a timestamp.
-func setAttribute(m *postrider.Message, name, text string, at time.Time) (err error) {
+// setAttribute sets an optional attribute from its string form. Room is how many extensions may come, this one included.
+func setAttribute(m *postrider.Message, name, text string, room int) (err error) {
 	switch name {
 	case "datacontenttype":
 		m.ContentType = text
@@ -200,12 +249,12 @@ func setAttribute(m *postrider.Message, name, text string, at time.Time) (err er
 	case "subject":
 		m.Subject = text
 	case "time":
-		if at.IsZero() && text != "" {
-			at, err = time.Parse(time.RFC3339Nano, text)
+		m.Time = time.Time{}
+		if text != "" {
+			m.Time, err = time.Parse(time.RFC3339Nano, text)
 		}
-		m.Time = at
 	default:
-		err = m.SetExtension(name, text)
+		err = setExtension(m, name, text, room)
 	}
 	if err != nil {
 		return fmt.Errorf("attribute %q: %w", name, err)
@@ -213,9 +262,53 @@ func setAttribute(m *postrider.Message, name, text string, at time.Time) (err er
 	return nil
 }
 
+// setExtension is [postrider.Message.SetExtension] for a string. An extension as they nearly always are is put in its
+// place without being boxed and checked again.
+func setExtension(m *postrider.Message, name, value string, room int) error {
+	if value == "" || !isExtensionName(name) || !isPrintable(value) {
+		return m.SetExtension(name, value)
+	}
+	if m.Extensions == nil {
+		m.Extensions = make(postrider.Extensions, 0, max(room, 1))
+	}
+	i := len(m.Extensions)
+	for i > 0 && m.Extensions[i-1].Name >= name {
+		i--
+	}
+	if i < len(m.Extensions) && m.Extensions[i].Name == name {
+		m.Extensions[i].Value = value
+	} else {
+		m.Extensions = slices.Insert(m.Extensions, i, postrider.Extension{Name: name, Value: value})
+	}
+	return nil
+}
+
+// isExtensionName says if a name is certainly good; SetExtension decides about the others.
+func isExtensionName(name string) bool {
+	for i := range len(name) {
+		if c := name[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') {
+			return false
+		}
+	}
+	switch name {
+	case "", "id", "source", "specversion", "type", "data":
+		return false
+	}
+	return true
+}
+
+func isPrintable(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] >= 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
 func parseTime(b []byte) (time.Time, error) {
 	var sec, ns int64
-	err := fields(b, func(num protowire.Number, v value) error {
+	err := fields(b, 0, func(num protowire.Number, v value) error {
 		switch {
 		case v.kind != protowire.VarintType:
 		case num == 1:
@@ -237,12 +330,13 @@ func parseTime(b []byte) (time.Time, error) {
 type value struct {
 	kind   protowire.Type
 	bytes  []byte
+	at     int // where bytes begin in the event
 	varint uint64
 }
 
-// fields calls fn for every field of a message.
-func fields(b []byte, fn func(protowire.Number, value) error) error {
-	for len(b) > 0 {
+// fields calls fn for every field of a message that begins at a place of the event.
+func fields(b []byte, at int, fn func(protowire.Number, value) error) error {
+	for end := at + len(b); len(b) > 0; {
 		num, typ, n := protowire.ConsumeTag(b)
 		if n < 0 {
 			return protowire.ParseError(n)
@@ -252,6 +346,7 @@ func fields(b []byte, fn func(protowire.Number, value) error) error {
 		switch typ {
 		case protowire.BytesType:
 			v.bytes, n = protowire.ConsumeBytes(b)
+			v.at = end - len(b) + n - len(v.bytes)
 		case protowire.VarintType:
 			v.varint, n = protowire.ConsumeVarint(b)
 		default:
