@@ -91,10 +91,12 @@ func (k *breaker) change() {
 }
 
 // broken notes an outcome with the breaker, if there is one, and pauses the group when the circuit opens.
-func (s *subscription) broken(ctx context.Context, err error) {
+func (s *subscription) broken(err error) {
 	if s.breaker == nil || !s.breaker.leave(err != nil && postrider.Retryable(err)) {
 		return
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
+	defer cancel()
 	s.log.Warn("circuit open: the group is paused", "pause", s.cfg.breakerPause, "failures", s.cfg.breakerLimit, "error", err)
 	if _, err := s.bus.js.PauseConsumer(ctx, s.stream, s.durable, time.Now().Add(s.cfg.breakerPause)); err != nil {
 		s.log.Warn("circuit open, but other instances could not be paused", "error", err)

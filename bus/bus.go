@@ -17,6 +17,7 @@ import (
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/backoff"
+	"github.com/postrider/postrider/internal/envelope"
 )
 
 // Config configures a [Bus]. Only Source is required.
@@ -38,6 +39,18 @@ type Config struct {
 	// Prefix stands before every subject, so that systems can share a server: "staging" makes orders.placed.v1 go to
 	// staging.orders.placed.v1. Default none.
 	Prefix string
+
+	// Compact publishes in structured mode: the whole event in the payload, in the CloudEvents protobuf format, beside one
+	// header for the content type. Headers cost client and server more than the payload of a small event. Readers take both
+	// modes, always; readers in other languages need the CloudEvents protobuf format, and nats sub shows the data less well.
+	Compact bool
+
+	// AllowDuplicates publishes without Nats-Msg-Id: the server does not look for duplicates, which costs it as much as all
+	// other headers together, and memory for each id. Publish then tries again only what provably was not stored; a message
+	// whose acknowledgement was lost fails with an error that says so, and whoever publishes it again may store it twice.
+	// For groups that tell duplicates themselves by source and id (package idempotency). Not for an outbox relay whose
+	// groups do not.
+	AllowDuplicates bool
 
 	// PublishTimeout bounds a publish, all its attempts together; the context's deadline does so too. Default 10 s.
 	PublishTimeout time.Duration
@@ -108,6 +121,8 @@ type Bus struct {
 	log *slog.Logger
 	pub *publisher
 
+	compactType []string // header value of compact mode
+
 	declaring sync.Mutex
 	declared  atomic.Bool
 
@@ -144,6 +159,7 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 	}
 	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus"), started: make(chan struct{})}
 	b.pub = newPublisher(nc, js)
+	b.compactType = []string{envelope.ContentTypeProto}
 	return b, nil
 }
 

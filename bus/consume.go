@@ -411,15 +411,24 @@ func (s *subscription) handle(ctx context.Context, msg *nats.Msg) bool {
 		s.log.Error("a message without JetStream metadata was dropped: no stream sent it", "subject", msg.Subject, "error", err)
 		return true
 	}
-	m, isEvent, err := decode(msg, s.bus.topic(msg.Subject))
-	m.Delivery = postrider.Delivery{
+	delivery := postrider.Delivery{
 		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream,
 		Stored: meta.Timestamp, Group: s.cfg.group,
 	}
 	if s.lanes != nil {
-		m.Delivery.Attempt += s.triedHere(msg)
+		delivery.Attempt += s.triedHere(msg)
 	}
-	var reply *postrider.Message
+	if items, isBatch, err := splitBatch(msg); isBatch && err == nil {
+		return s.handleBatch(ctx, msg, items, delivery)
+	}
+	m, reply, err := s.attempt(ctx, msg, delivery)
+	return s.settle(msg, m, reply, err)
+}
+
+// attempt runs the handler on one message.
+func (s *subscription) attempt(ctx context.Context, msg *nats.Msg, delivery postrider.Delivery) (m, reply *postrider.Message, err error) {
+	m, isEvent, err := decode(msg, s.bus.topic(msg.Subject))
+	m.Delivery = delivery
 	switch {
 	case err != nil:
 		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "bus: not a valid CloudEvent: %w", err))
@@ -429,29 +438,45 @@ func (s *subscription) handle(ctx context.Context, msg *nats.Msg) bool {
 	default:
 		reply, err = s.handler.Handle(ctx, m)
 	}
-	return s.settle(msg, m, reply, err)
+	return m, reply, err
 }
 
 // settle decides what becomes of a handled message: acknowledged, delivered again later, or in the dead letters with
 // its cause. Nothing is dropped silently, and nothing is settled before what follows from it is stored. It returns false
 // if the message stays here, to be tried again in its lane.
 func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err error) bool {
-	// Not the handler's context: what was done must be told even if the handler was cancelled.
-	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
-	defer cancel()
-	s.broken(ctx, err)
-	verdict := []byte(nil) // an empty payload acknowledges
+	s.broken(err)
 	if err != nil {
 		if delay, again := backoff.Next(s.cfg.retry, m.Delivery.Attempt, err); again {
 			return s.retry(msg, m, delay, err)
 		}
+	}
+	verdict, err := s.conclude(msg, m, reply, err)
+	if err != nil {
+		return s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), err)
+	}
+	s.answer(msg, verdict)
+	return true
+}
+
+// conclude stores what follows from the last attempt: the reply, or the dead letter if it failed. It returns what to tell
+// the server, where nothing acknowledges. An error means that the message must come again.
+func (s *subscription) conclude(msg *nats.Msg, m, reply *postrider.Message, err error) (verdict []byte, _ error) {
+	if err == nil && (reply == nil || reply.Topic == "") {
+		s.bus.stats.handled.Add(1)
+		return nil, nil
+	}
+	// Not the handler's context: what was done must be told even if the handler was cancelled.
+	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
+	defer cancel()
+	if err != nil {
 		if s.handler.IsCall() {
 			reply = postrider.ErrorReply(m, err)
 		}
 		// The refusal of a command is an answer, and its asker gets it. Anything else that failed for good is kept.
 		if refused := !postrider.Retryable(err) && reply != nil && reply.Topic != ""; !refused {
 			if dlErr := s.deadLetter(ctx, msg, m, err); dlErr != nil {
-				return s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), errors.Join(err, dlErr))
+				return nil, errors.Join(err, dlErr)
 			}
 			verdict = []byte("+TERM dead letter: " + postrider.CodeOf(err).String())
 		}
@@ -460,14 +485,13 @@ func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err er
 		if pubErr := s.bus.Publish(ctx, reply); pubErr != nil {
 			// The handler runs again: it is idempotent or has been told that delivery is at least once.
 			s.log.Warn("reply not published, the command is delivered again", "id", m.ID, "replyto", reply.Topic, "error", pubErr)
-			return s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), pubErr)
+			return nil, pubErr
 		}
 	}
 	if verdict == nil {
 		s.bus.stats.handled.Add(1)
 	}
-	s.answer(msg, verdict)
-	return true
+	return verdict, nil
 }
 
 // retry hands the message back to be delivered after a delay, or keeps it at the head of its lane. It returns whether the

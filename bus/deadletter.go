@@ -62,6 +62,10 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 	if len(text) > maxCause {
 		text = strings.ToValidUTF8(text[:maxCause], "") + " ..."
 	}
+	item := msg.Header.Get(headerItem)
+	if item != "" {
+		item = "." + item
+	}
 	for _, h := range [...][2]string{
 		{headerGroup, s.cfg.group},
 		{headerTopic, m.Topic},
@@ -71,7 +75,7 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 		{headerStream, m.Delivery.Stream},
 		{headerSequence, strconv.FormatUint(m.Delivery.Sequence, 10)},
 		{headerTime, time.Now().UTC().Format(time.RFC3339Nano)},
-		{headerMsgID, fmt.Sprintf("dead.%s.%s.%d", s.cfg.group, m.Delivery.Stream, m.Delivery.Sequence)},
+		{headerMsgID, fmt.Sprintf("dead.%s.%s.%d%s", s.cfg.group, m.Delivery.Stream, m.Delivery.Sequence, item)},
 	} {
 		header[h[0]] = []string{h[1]}
 	}

@@ -6,6 +6,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/envelope"
 )
 
 // FuzzDecode feeds the reader what a stream may hold: it must not panic, and what it takes for a valid event must come
@@ -30,12 +31,14 @@ func FuzzDecode(f *testing.F) {
 		if !isEvent || err != nil || m.Validate() != nil {
 			return
 		}
-		again, _, err := decode(encode(m, "topic"), "topic")
-		if err != nil {
-			t.Fatalf("what was written cannot be read: %v", err)
-		}
-		if !same(m, again) {
-			t.Errorf("read %+v, written and read again %+v", m, again)
+		for _, b := range []*Bus{{}, {cfg: Config{Compact: true}, compactType: []string{envelope.ContentTypeProto}}} {
+			again, _, err := decode(b.encode(m, "topic"), "topic")
+			if err != nil {
+				t.Fatalf("what was written cannot be read: %v", err)
+			}
+			if !same(m, again) {
+				t.Errorf("read %+v, written and read again %+v", m, again)
+			}
 		}
 	})
 }

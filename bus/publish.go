@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -46,7 +47,7 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 			switch {
 			case err == nil:
 				b.stats.published.Add(1)
-			case postrider.Retryable(err):
+			case postrider.Retryable(err) && (!b.cfg.AllowDuplicates || notStored(err)):
 				again, againIndex = append(again, entries[i]), append(againIndex, index[i])
 			}
 		}
@@ -61,9 +62,16 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 // publishOnce makes one attempt.
 func (b *Bus) publishOnce(ctx context.Context, entries []*entry) []error {
 	if err := b.declare(ctx); err != nil {
-		return postrider.PublishErrors(err, len(entries))
+		return postrider.PublishErrors(unsent(err), len(entries))
 	}
 	return b.pub.publish(ctx, entries)
+}
+
+// notStored says if a failed message is provably in no stream, so that it can be sent again without an id that the server
+// would know it by.
+func notStored(err error) bool {
+	e, ok := errors.AsType[*postrider.Error](err)
+	return ok && e.Unprocessed
 }
 
 // batchError makes one error of those of each message.
@@ -92,7 +100,7 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 		return nil, postrider.Errorf(postrider.InvalidArgument,
 			"bus: publish %s: %q is no address: want tokens without spaces and wildcards, joined by dots", m.ID, topic)
 	}
-	msg := encode(m, b.subject(topic))
+	msg := b.encode(m, b.subject(topic))
 	if limit := b.nc.MaxPayload(); limit > 0 && int64(msg.Size()) > limit {
 		return nil, postrider.Permanent(&postrider.Error{
 			Code: postrider.ResourceExhausted, Op: "bus: publish " + m.Type + " " + m.ID,

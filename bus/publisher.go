@@ -61,6 +61,9 @@ func (e *entry) finish(err error) {
 	}
 }
 
+// isNameless says that the server cannot tell a duplicate of the message.
+func (e *entry) isNameless() bool { return len(e.msg.Header[headerMsgID]) == 0 }
+
 // publisher sends messages to their streams by group commit: what is waiting for a stream, callers of one message
 // included, goes out as one atomic batch, with no timer. A lone message goes alone at once.
 type publisher struct {
@@ -216,14 +219,16 @@ func (l *lane) take() []*entry {
 }
 
 // send publishes a group and gives each entry its result. A batch that is refused or whose outcome is unknown is sent
-// again one by one: a duplicate id refuses the whole batch, and a bad message must not fail its neighbours.
+// again one by one: a duplicate id refuses the whole batch, and a bad message must not fail its neighbours. Without ids the
+// server would store twice what it has already: an unknown outcome is then the result.
 func (l *lane) send(group []*entry) {
 	if !l.atomic || len(group) < minBatch {
 		l.single(group)
 		return
 	}
 	err := l.pub.batch(group)
-	if err == nil || errors.Is(err, postrider.Unavailable) {
+	unknown := errors.Is(err, postrider.DeadlineExceeded) && slices.ContainsFunc(group, (*entry).isNameless)
+	if err == nil || unknown || errors.Is(err, postrider.Unavailable) {
 		for _, e := range group {
 			l.finish(e, err)
 		}
@@ -346,11 +351,11 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 		}
 	}
 	if err != nil {
-		return nil, fromNATS(op, err)
+		return nil, unsent(fromNATS(op, err))
 	}
 	stream, err := p.js.Stream(ctx, name)
 	if err != nil {
-		return nil, fromNATS(op, err)
+		return nil, unsent(fromNATS(op, err))
 	}
 	cfg := stream.CachedInfo().Config
 	p.mu.Lock()
@@ -364,6 +369,16 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 	}
 	p.known[subject] = name
 	return p.lanes[name], nil
+}
+
+// unsent marks an error that came before anything was sent.
+func unsent(err error) error {
+	if e, ok := errors.AsType[*postrider.Error](err); ok && !e.Unprocessed {
+		marked := *e
+		marked.Unprocessed = true
+		return &marked
+	}
+	return err
 }
 
 // forget drops what is known about a subject: its stream may have gone.

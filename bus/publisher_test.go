@@ -83,3 +83,48 @@ func TestPublishHonoursItsContext(t *testing.T) {
 	}
 	nc.Close() // ends the wait that goes on behind
 }
+
+// TestBatchOfUnknownOutcome has the acknowledgement of an atomic batch time out: messages with ids are sent again one by one,
+// messages without are not, since the server would store them twice.
+func TestBatchOfUnknownOutcome(t *testing.T) {
+	t.Parallel()
+	for name, header := range map[string]nats.Header{"with ids": {headerMsgID: {"1"}}, "without": {}} {
+		nc := postridertest.NATS(t)
+		js, err := jetstream.New(nc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pub := newPublisher(nc, js)
+		var mu sync.Mutex
+		singles := 0
+		sub, err := nc.Subscribe("stand.in", func(m *nats.Msg) {
+			if m.Header.Get(headerBatchID) == "" {
+				mu.Lock()
+				defer mu.Unlock()
+				singles++
+				_ = m.Respond([]byte(`{"stream":"S","seq":1}`))
+			} else if m.Header.Get(headerBatchCommit) != "" {
+				pub.acks.mu.Lock()
+				p := pub.acks.pending[strings.TrimPrefix(m.Reply, pub.acks.prefix)]
+				pub.acks.mu.Unlock()
+				p.resolve(&postrider.Error{Code: postrider.DeadlineExceeded, Msg: "no acknowledgement"})
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = sub.Unsubscribe() })
+		entries := make([]*entry, minBatch)
+		for i := range entries {
+			entries[i] = &entry{msg: &nats.Msg{Subject: "stand.in", Header: header}}
+		}
+		l := &lane{pub: pub, atomic: true}
+		errs := l.publish(t.Context(), entries)
+		mu.Lock()
+		sent := singles
+		mu.Unlock()
+		if unsure := errors.Is(errs[0], postrider.DeadlineExceeded); len(header) == 0 && (!unsure || sent > 0) || len(header) > 0 && (errs[0] != nil || sent != minBatch) {
+			t.Errorf("%s: %v, %d were sent again", name, errs[0], sent)
+		}
+	}
+}

@@ -1,8 +1,10 @@
 package bus
 
 import (
+	"bytes"
 	"fmt"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
 
@@ -13,27 +15,162 @@ import (
 // headerPrefix stands before attribute names in binary mode (cloudevents/spec: nats-protocol-binding, section 3.1.3).
 const headerPrefix = "ce-"
 
-// Header keys as they go out. They are made once: a key is a string that the header map holds.
+// Header keys as they go out.
 const (
-	headerID     = headerPrefix + "id"
-	headerMsgID  = nats.MsgIdHdr
-	headerSpec   = headerPrefix + "specversion"
-	headerKey    = headerPrefix + postrider.ExtPartitionKey
-	headerStruct = "Content-Type"
+	headerMsgID       = nats.MsgIdHdr
+	headerSpec        = headerPrefix + "specversion"
+	headerKey         = headerPrefix + postrider.ExtPartitionKey
+	headerContentType = "Content-Type"
 )
 
-// encode writes m in binary mode: attributes as ce- headers with percent-encoded values, data as the payload.
-func encode(m *postrider.Message, subject string) *nats.Msg {
-	n := 8 + len(m.Extensions)
-	values := make([]string, 0, n) // one backing array for all header values
-	header := make(nats.Header, n)
-	set := func(key, value string) {
-		values = append(values, value)
-		header[key] = values[len(values)-1 : len(values) : len(values)]
+// attributeHeader returns the key of an attribute's header; those of the common attributes are constants.
+func attributeHeader(name string) string {
+	switch name {
+	case "specversion":
+		return headerSpec
+	case "id":
+		return headerPrefix + "id"
+	case "source":
+		return headerPrefix + "source"
+	case "type":
+		return headerPrefix + "type"
+	case "datacontenttype":
+		return headerPrefix + "datacontenttype"
+	case "subject":
+		return headerPrefix + "subject"
+	case "time":
+		return headerPrefix + "time"
+	case postrider.ExtCorrelationID:
+		return headerPrefix + postrider.ExtCorrelationID
+	case postrider.ExtCausationID:
+		return headerPrefix + postrider.ExtCausationID
+	case postrider.ExtPartitionKey:
+		return headerKey
+	case postrider.ExtTraceParent:
+		return headerPrefix + postrider.ExtTraceParent
+	default:
+		return headerPrefix + name
 	}
-	envelope.Headers(m, func(name, value string) { set(headerPrefix+name, envelope.Escape(value)) })
-	set(headerMsgID, envelope.Escape(m.Source)+"#"+envelope.Escape(m.ID))
-	return &nats.Msg{Subject: subject, Header: header, Data: m.Data}
+}
+
+// encode writes m for a subject as the bus is configured: in binary mode, attributes as ce- headers with percent-encoded
+// values and data as the payload, or in compact mode.
+func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
+	msg := &nats.Msg{Subject: subject}
+	if b.cfg.Compact {
+		msg.Header = make(nats.Header, 2)
+		msg.Header[headerContentType] = b.compactType
+		msg.Data = envelope.AppendProto(nil, m)
+	} else {
+		// The map and the values get the size that they need: one more than eight doubles what a map costs.
+		n := 6 + len(m.Extensions) // four that are required, a content type or none, the message id or none
+		for _, set := range [...]bool{m.DataSchema != "", m.Subject != "", !m.Time.IsZero()} {
+			if set {
+				n++
+			}
+		}
+		values := make([]string, 0, n)
+		msg.Header = make(nats.Header, n)
+		envelope.Headers(m, func(name, value string) {
+			values = append(values, envelope.Escape(value))
+			msg.Header[attributeHeader(name)] = values[len(values)-1 : len(values) : len(values)]
+		})
+		msg.Data = m.Data
+	}
+	if !b.cfg.AllowDuplicates {
+		msg.Header[headerMsgID] = []string{envelope.Escape(m.Source) + "#" + envelope.Escape(m.ID)}
+	}
+	return msg
+}
+
+// format is how a message carries its events.
+type format int
+
+const (
+	formatNone       format = iota // no CloudEvent
+	formatBinary                   // attributes in headers
+	formatJSON                     // structured modes
+	formatProto                    //
+	formatJSONBatch                // several events in structured mode
+	formatProtoBatch               //
+	formatUnknown                  // structured, in a format that the bus does not know
+	formatMaybeJSON                // perhaps structured, without a content type
+)
+
+// structuredType begins the content type of every structured mode; alone it means JSON.
+const structuredType = "application/cloudevents"
+
+// formatOf tells how a message is to be read. The binding knows structured mode by its content type, and takes everything
+// else for binary; the CloudEvents Go SDK, and the binding before 1.0.3, send structured JSON without any header.
+func formatOf(msg *nats.Msg) (f format, contentType string) {
+	_, binary := msg.Header[headerSpec]
+	if values := msg.Header[headerContentType]; len(values) > 0 {
+		contentType = values[0]
+	} else if !binary {
+		for key, values := range msg.Header { // names have no case in the binding, and have in NATS
+			switch {
+			case len(values) == 0:
+			case strings.EqualFold(key, headerSpec):
+				binary = true
+			case strings.EqualFold(key, headerContentType):
+				contentType = values[0]
+			}
+		}
+	}
+	media, _, _ := strings.Cut(contentType, ";")
+	switch media = strings.ToLower(strings.TrimSpace(media)); {
+	case media == envelope.ContentTypeProto:
+		return formatProto, contentType
+	case media == envelope.ContentTypeJSON, media == structuredType:
+		return formatJSON, contentType
+	case media == envelope.ContentTypeJSONBatch:
+		return formatJSONBatch, contentType
+	case media == envelope.ContentTypeProtoBatch:
+		return formatProtoBatch, contentType
+	case strings.HasPrefix(media, structuredType):
+		return formatUnknown, contentType
+	case binary:
+		return formatBinary, contentType
+	case contentType == "" && bytes.HasPrefix(bytes.TrimLeft(msg.Data, " \t\r\n"), []byte("{")) &&
+		bytes.Contains(msg.Data, []byte(`"specversion"`)):
+		return formatMaybeJSON, contentType
+	default:
+		return formatNone, contentType
+	}
+}
+
+// decode reads what a stream delivered: binary mode, structured JSON or structured protobuf. The last result is false,
+// with no error, for a message that is no CloudEvent at all; then only Data, ContentType and Topic are set. A batch is
+// for [subscription.handleBatch].
+func decode(msg *nats.Msg, topic string) (*postrider.Message, bool, error) {
+	m := &postrider.Message{Topic: topic}
+	f, contentType := formatOf(msg)
+	var err error
+	switch f {
+	case formatBinary:
+		err = decodeHeaders(msg, contentType, m)
+	case formatJSON:
+		err = envelope.ParseJSON(msg.Data, m)
+	case formatProto:
+		err = envelope.ParseProto(msg.Data, m)
+	case formatMaybeJSON:
+		if err = envelope.ParseJSON(msg.Data, m); err == nil {
+			break
+		}
+		*m = postrider.Message{Topic: topic}
+		fallthrough
+	case formatNone:
+		m.Data, m.ContentType = msg.Data, contentType
+		return m, false, nil
+	default:
+		if _, _, err = splitBatch(msg); err == nil {
+			err = fmt.Errorf("the content type is %q: want one event, in JSON or protobuf", contentType)
+		}
+	}
+	if err == nil {
+		err = checkRequired(m)
+	}
+	return m, true, err
 }
 
 // partitionKey reads the key of a message that is not decoded yet.
@@ -44,34 +181,12 @@ func partitionKey(msg *nats.Msg) string {
 	if len(msg.Header[headerSpec]) > 0 { // binary mode
 		return ""
 	}
-	m, _, _ := decode(msg, "") // what cannot be read has no key, and ends in the dead letters
+	m, _, _ := decode(msg, "") // what cannot be read has no key, and ends in the dead letters; a batch has none either
 	return m.Key()
 }
 
-// decode reads what a stream delivered: binary mode, structured JSON, or structured protobuf. The last result is false,
-// with no error, for a message that is no CloudEvent at all; then only Data, ContentType and Topic are set.
-func decode(msg *nats.Msg, topic string) (*postrider.Message, bool, error) {
-	m := &postrider.Message{Topic: topic}
-	contentType, binary := "", false
-	for key, values := range msg.Header {
-		if len(values) == 0 {
-			continue
-		}
-		if key == headerSpec || strings.EqualFold(key, headerSpec) {
-			binary = true
-		} else if strings.EqualFold(key, headerStruct) {
-			contentType = values[0]
-		}
-	}
-	switch {
-	case strings.HasPrefix(contentType, envelope.ContentTypeProto):
-		return m, true, envelope.ParseProto(msg.Data, m)
-	case strings.HasPrefix(contentType, envelope.ContentTypeJSON):
-		return m, true, envelope.ParseJSON(msg.Data, m)
-	case !binary:
-		m.Data, m.ContentType = msg.Data, contentType
-		return m, false, nil
-	}
+// decodeHeaders reads binary mode.
+func decodeHeaders(msg *nats.Msg, contentType string, m *postrider.Message) error {
 	m.Data = msg.Data
 	for key, values := range msg.Header {
 		if len(key) <= len(headerPrefix) || len(values) == 0 || !strings.EqualFold(key[:len(headerPrefix)], headerPrefix) {
@@ -79,8 +194,24 @@ func decode(msg *nats.Msg, topic string) (*postrider.Message, bool, error) {
 		}
 		name := strings.ToLower(key[len(headerPrefix):])
 		if err := envelope.SetHeader(m, name, envelope.Unescape(values[0])); err != nil {
-			return m, true, fmt.Errorf("header %s: %w", key, err)
+			return fmt.Errorf("header %s: %w", key, err)
 		}
 	}
-	return m, true, nil
+	if m.ContentType == "" {
+		m.ContentType = contentType // as in HTTP
+	}
+	return nil
+}
+
+// checkRequired checks the attributes that every event has. Those of the message's own kind were checked as they were read.
+func checkRequired(m *postrider.Message) error {
+	for _, a := range [...]struct{ name, value string }{{"id", m.ID}, {"source", m.Source}, {"type", m.Type}} {
+		if a.value == "" {
+			return fmt.Errorf("attribute %s is required", a.name)
+		}
+		if !utf8.ValidString(a.value) {
+			return fmt.Errorf("attribute %s is not valid UTF-8", a.name)
+		}
+	}
+	return nil
 }

@@ -1,13 +1,18 @@
 package bus_test
 
 import (
+	"bytes"
+	"encoding/hex"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/bus"
 	"github.com/postrider/postrider/postridertest"
 )
 
@@ -26,16 +31,14 @@ func quoted(t *testing.T, info string) string {
 	return block
 }
 
-func TestWireDocumentEvent(t *testing.T) {
-	t.Parallel()
-	headers, data, _ := strings.Cut(quoted(t, "text event"), "\n\n")
+// checkDocumented publishes the event of docs/wire.md and compares what is stored with what the page says.
+func checkDocumented(t *testing.T, b *bus.Bus, nc *nats.Conn, headers string, data []byte) {
+	t.Helper()
 	want := map[string]string{}
 	for line := range strings.SplitSeq(headers, "\n") {
 		key, value, _ := strings.Cut(line, ": ")
 		want[key] = value
 	}
-	nc := postridertest.NATS(t)
-	b := newBus(t, nc)
 	m := &postrider.Message{
 		ID: "n 1", Type: "notes.written.v1", Subject: "Größe \"100%\"", Time: time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC),
 		ContentType: "application/json", Data: []byte(`{"n":1}`),
@@ -61,9 +64,32 @@ func TestWireDocumentEvent(t *testing.T) {
 	if len(want) > 0 {
 		t.Errorf("docs/wire.md has headers that are not sent: %v", want)
 	}
-	if string(got.Data) != data || got.Subject != "notes.written.v1" {
-		t.Errorf("subject %s, data %s; docs/wire.md says %s", got.Subject, got.Data, data)
+	if !bytes.Equal(got.Data, data) || got.Subject != "notes.written.v1" {
+		t.Errorf("subject %s, data\n%s\ndocs/wire.md says\n%s", got.Subject, hex.Dump(got.Data), hex.Dump(data))
 	}
+}
+
+func TestWireDocumentEvent(t *testing.T) {
+	t.Parallel()
+	headers, data, _ := strings.Cut(quoted(t, "text event"), "\n\n")
+	nc := postridertest.NATS(t)
+	checkDocumented(t, newBus(t, nc), nc, headers, []byte(data))
+}
+
+func TestWireDocumentCompact(t *testing.T) {
+	t.Parallel()
+	headers, dump, _ := strings.Cut(quoted(t, "text compact"), "\n\n")
+	var data []byte
+	for line := range strings.SplitSeq(dump, "\n") {
+		digits, _, _ := strings.Cut(line, "|")
+		b, err := hex.DecodeString(strings.ReplaceAll(digits, " ", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		data = append(data, b...)
+	}
+	nc := postridertest.NATS(t)
+	checkDocumented(t, newBus(t, nc, func(c *bus.Config) { c.Compact = true }), nc, headers, data)
 }
 
 func TestWireDocumentError(t *testing.T) {

@@ -91,8 +91,15 @@ func TestHeadersRoundTrip(t *testing.T) {
 func TestSetHeaderRefuses(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ name, value string }{
-		{"specversion", "0.3"}, {"specversion", ""}, {"time", "yesterday"}, {"Ext", "x"}, {"ext", "\n"}, {"data", "x"}, {"", "x"},
-		{"id", "\xff"}, {"subject", envelope.Unescape("%C0%A0")}, // "encoded byte sequences which are invalid in UTF-8 MUST be rejected"
+		{"specversion", "0.3"},
+		{"specversion", ""},
+		{"time", "yesterday"},
+		{"Ext", "x"},
+		{"ext", "\n"},
+		{"data", "x"},
+		{"", "x"},
+		{"id", "\xff"},
+		{"subject", envelope.Unescape("%C0%A0")}, // "encoded byte sequences which are invalid in UTF-8 MUST be rejected"
 	} {
 		if err := envelope.SetHeader(new(postrider.Message), tt.name, tt.value); err == nil {
 			t.Errorf("SetHeader(%q, %q) is no error", tt.name, tt.value)
