@@ -19,12 +19,17 @@ import (
 )
 
 // How the publisher groups. An atomic batch is synced to disk once, before its acknowledgement, but is staged in a file
-// of its own first, which costs about as much as a dozen syncs: smaller groups go out as single publishes, all at once.
-// The server takes at most 1000 messages a batch.
+// of its own first, which costs as much as a dozen syncs or more. Whether that pays depends on the server's sync
+// setting and its disk, which a client cannot see, so it is measured: a group goes out as a batch when it is larger than
+// the time of a batch divided by that of a single publish. The server takes at most 1000 messages a batch.
 const (
 	maxGroup      = 1000
 	maxGroupBytes = 8 << 20
-	minBatch      = 12
+	minBatch      = 4 // also the smallest group of single publishes whose time tells something
+
+	// What is believed at first: nats-server 2.15 with sync_interval always, on a small virtual machine.
+	firstBatchTime  = 2500 * time.Microsecond
+	firstSingleTime = 200 * time.Microsecond
 )
 
 // headers that the bus adds to a message of an atomic batch (nats-architecture-and-design: ADR-50).
@@ -84,6 +89,10 @@ func newPublisher(nc *nats.Conn, js jetstream.JetStream) *publisher {
 type lane struct {
 	pub    *publisher
 	atomic bool
+
+	// Moving averages, for who is at work on the queue.
+	batchTime  time.Duration // of a batch, whatever its size: most of it is the staging
+	singleTime time.Duration // of a single publish among others
 
 	mu    sync.Mutex
 	queue []*entry
@@ -222,11 +231,19 @@ func (l *lane) take() []*entry {
 // again one by one: a duplicate id refuses the whole batch, and a bad message must not fail its neighbours. Without ids the
 // server would store twice what it has already: an unknown outcome is then the result.
 func (l *lane) send(group []*entry) {
-	if !l.atomic || len(group) < minBatch {
+	n, began := time.Duration(len(group)), time.Now()
+	if !l.atomic || n < minBatch || n*l.singleTime < l.batchTime {
 		l.single(group)
+		if n >= minBatch {
+			l.singleTime += (time.Since(began)/n - l.singleTime) / 8
+			l.batchTime += (firstBatchTime - l.batchTime) / 64 // one slow batch must not be the last
+		}
 		return
 	}
 	err := l.pub.batch(group)
+	if err == nil {
+		l.batchTime += (time.Since(began) - l.batchTime) / 8
+	}
 	unknown := errors.Is(err, postrider.DeadlineExceeded) && slices.ContainsFunc(group, (*entry).isNameless)
 	if err == nil || unknown || errors.Is(err, postrider.Unavailable) {
 		for _, e := range group {
@@ -362,7 +379,10 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 	defer p.mu.Unlock()
 	if p.lanes[name] == nil {
 		// With replicas the Raft log groups the syncs by itself.
-		p.lanes[name] = &lane{pub: p, atomic: cfg.AllowAtomicPublish && cfg.Replicas <= 1}
+		p.lanes[name] = &lane{
+			pub: p, atomic: cfg.AllowAtomicPublish && cfg.Replicas <= 1,
+			batchTime: firstBatchTime, singleTime: firstSingleTime,
+		}
 	}
 	if len(p.known) >= maxKnownSubjects {
 		clear(p.known)
