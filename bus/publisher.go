@@ -231,11 +231,11 @@ func (l *lane) take() []*entry {
 // again one by one: a duplicate id refuses the whole batch, and a bad message must not fail its neighbours. Without ids the
 // server would store twice what it has already: an unknown outcome is then the result.
 func (l *lane) send(group []*entry) {
-	n, began := time.Duration(len(group)), time.Now()
-	if !l.atomic || n < minBatch || n*l.singleTime < l.batchTime {
+	n, began := len(group), time.Now()
+	if !l.atomic || n < minBatch || l.singleTime < l.batchTime/time.Duration(n) {
 		l.single(group)
 		if n >= minBatch {
-			l.singleTime += (time.Since(began)/n - l.singleTime) / 8
+			l.singleTime += (time.Since(began)/time.Duration(n) - l.singleTime) / 8
 			l.batchTime += (firstBatchTime - l.batchTime) / 64 // one slow batch must not be the last
 		}
 		return
