@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -79,5 +80,37 @@ func TestCircuitBreakerDrains(t *testing.T) {
 	postridertest.Eventually(t, wantCount(func() int { return int(failures.Load()) }, 1))
 	if err := stop(); err != nil { // with workers that wait for the pause to end
 		t.Error(err)
+	}
+}
+
+func TestRateLimit(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	pub := newBus(t, nc)
+	const messages, rate = 21, 100
+	publishNotes(t, pub, 0, messages)
+	var got seen
+	var mu sync.Mutex
+	var first, last time.Time
+	b := newBus(t, nc)
+	h := noted.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		mu.Lock()
+		if last = time.Now(); first.IsZero() {
+			first = last
+		}
+		mu.Unlock()
+		got.add(*e.Value)
+		return nil
+	})
+	if err := b.Subscribe(h, bus.RateLimit(rate), bus.From(bus.DeliverAll)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	postridertest.Eventually(t, wantCount(got.distinct, messages))
+	mu.Lock()
+	defer mu.Unlock()
+	// Less by one place, in which the first handler may have been late.
+	if took := last.Sub(first); took < (messages-2)*time.Second/rate {
+		t.Errorf("%d messages at %d/s took only %v", messages, rate, took)
 	}
 }

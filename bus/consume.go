@@ -30,6 +30,7 @@ type subscription struct {
 	stream  string
 	log     *slog.Logger
 	breaker *breaker // nil: none
+	pacer   *pacer   // nil: none
 
 	mu       sync.Mutex
 	sub      *nats.Subscription
@@ -94,7 +95,7 @@ func (s *subscription) run(ctx context.Context) error {
 	for range s.cfg.concurrency {
 		workers.Go(func() {
 			for msg := range s.queue {
-				if s.breaker != nil && !s.breaker.enter(s.stop) && s.lanes == nil {
+				if !s.admit() && s.lanes == nil {
 					s.settled(msg, 0)
 					s.giveBack(msg)
 					continue
@@ -138,6 +139,11 @@ func (s *subscription) forget(ctx context.Context) {
 	if err := s.bus.js.DeleteConsumer(ctx, s.stream, s.durable); err != nil {
 		s.log.Debug("consumer not deleted", "consumer", s.durable, "error", err)
 	}
+}
+
+// admit waits until a message may begin. It returns false when the drain begins first.
+func (s *subscription) admit() bool {
+	return (s.breaker == nil || s.breaker.enter(s.stop)) && (s.pacer == nil || s.pacer.wait(s.stop))
 }
 
 // await waits for the workers, cancels their contexts at DrainTimeout, and gives up on those that do not even then end.

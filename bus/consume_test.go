@@ -536,6 +536,7 @@ func TestSubscribeErrors(t *testing.T) {
 		"concurrency":  {h, bus.Concurrency(-1), postrider.InvalidArgument},
 		"ack wait":     {h, bus.AckWait(time.Millisecond), postrider.InvalidArgument},
 		"position":     {h, bus.From(9), postrider.InvalidArgument},
+		"rate":         {h, bus.RateLimit(-1), postrider.InvalidArgument},
 		"breaker":      {h, bus.CircuitBreaker(1, 0), postrider.InvalidArgument},
 		"retry":        {h, bus.Retry(postrider.RetryPolicy{Multiplier: 0.5}), postrider.InvalidArgument},
 	} {

@@ -44,6 +44,7 @@ type subscribeConfig struct {
 
 	breakerLimit int
 	breakerPause time.Duration
+	rate         float64
 }
 
 // Group names the group: each message goes to one member of each group, and the group keeps its place in the stream
@@ -94,6 +95,12 @@ func CircuitBreaker(failures int, pause time.Duration) SubscribeOption {
 	return func(c *subscribeConfig) { c.breakerLimit, c.breakerPause = failures, pause }
 }
 
+// RateLimit bounds how many messages a second this process begins to handle, evenly spaced, retries included; each instance
+// has a limit of its own. Default: none.
+func RateLimit(perSecond float64) SubscribeOption {
+	return func(c *subscribeConfig) { c.rate = perSecond }
+}
+
 // Subscribe has h handle the messages of its topic, from [Bus.Run] on. Events come to one member of each group. The
 // handler of a [postrider.Method] gets the commands sent to it, and its reply goes to the topic that the command asks
 // for. Errors: InvalidArgument for an option out of range, AlreadyExists for a second handler of the same topic and
@@ -127,6 +134,8 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 		return bad("From is %d: want DeliverNew or DeliverAll", c.from)
 	case c.breakerLimit < 0 || c.breakerPause < 0 || (c.breakerLimit == 0) != (c.breakerPause == 0):
 		return bad("CircuitBreaker is %d failures and %v: want both positive", c.breakerLimit, c.breakerPause)
+	case c.rate < 0 || c.rate > 1e6:
+		return bad("RateLimit is %v: want 0 to 1,000,000 a second", c.rate)
 	case c.ordered && c.broadcast:
 		return bad("Ordered and Broadcast exclude each other: one instance is active, or all are")
 	}
@@ -150,6 +159,9 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 	}
 	if c.broadcast {
 		s.durable += "-" + postrider.NewID()
+	}
+	if c.rate > 0 {
+		s.pacer = &pacer{interval: time.Duration(float64(time.Second) / c.rate)}
 	}
 	if c.breakerLimit > 0 {
 		s.breaker = newBreaker(c.breakerLimit, c.breakerPause)
