@@ -52,6 +52,14 @@ type Config struct {
 	// groups do not.
 	AllowDuplicates bool
 
+	// RequireDurable makes Run and Publish fail with FailedPrecondition unless it is proved that an acknowledged message
+	// outlives a power cut: see [Bus.Durability]. A server that is away, or does not answer while others do, is waited for.
+	RequireDurable bool
+
+	// Monitors are the monitoring addresses of the servers, one for each, for example "http://nats-1:8222". They are asked
+	// for the sync setting where the account may not ask the servers themselves: see [Bus.Durability]. Default none.
+	Monitors []string
+
 	// PublishTimeout bounds a publish, all its attempts together; the context's deadline does so too. Default 10 s.
 	PublishTimeout time.Duration
 
@@ -96,6 +104,11 @@ func (c Config) validate() error {
 			return bad(fmt.Sprintf("Streams[%d].Topics", i), "is empty: name what stream %s takes", s.Name)
 		}
 	}
+	for i, m := range c.Monitors {
+		if u, err := url.Parse(m); err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+			return bad(fmt.Sprintf("Monitors[%d]", i), "is %q: want the address of a server's monitoring port, http://host:8222", m)
+		}
+	}
 	if !isToken(c.DeadLetters) {
 		return bad("DeadLetters", "is %q: want letters, digits, - and _", c.DeadLetters)
 	}
@@ -122,6 +135,7 @@ type Bus struct {
 	pub *publisher
 
 	compactType []string // header value of compact mode
+	proof       *proof
 
 	declaring sync.Mutex
 	declared  atomic.Bool
@@ -160,6 +174,10 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus"), started: make(chan struct{})}
 	b.pub = newPublisher(nc, js)
 	b.compactType = []string{envelope.ContentTypeProto}
+	b.proof = newProof(nc, cfg.Monitors)
+	if cfg.RequireDurable {
+		b.pub.admit = b.proof.admit
+	}
 	return b, nil
 }
 
@@ -232,7 +250,7 @@ func (b *Bus) bind(ctx context.Context, subs []*subscription) error {
 			return err
 		}
 	}
-	return nil
+	return b.proveDurable(ctx)
 }
 
 func (b *Bus) subject(topic string) string {

@@ -76,9 +76,13 @@ type publisher struct {
 	js   jetstream.JetStream
 	acks *acks
 
+	// admit, if not nil, must allow a stream before something is published to it, and again after a reconnect.
+	admit func(ctx context.Context, stream *jetstream.StreamInfo) error
+
 	mu    sync.Mutex
 	lanes map[string]*lane  // by stream
 	known map[string]string // subject -> stream
+	epoch uint64            // reconnects of the connection when the streams were allowed
 }
 
 func newPublisher(nc *nats.Conn, js jetstream.JetStream) *publisher {
@@ -351,6 +355,12 @@ func (p *publisher) transmit(msg *nats.Msg, ack *pendingAck) {
 // lane finds the stream that takes a subject.
 func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 	p.mu.Lock()
+	if p.admit != nil {
+		if epoch := p.nc.Stats().Reconnects; epoch != p.epoch {
+			clear(p.known)
+			p.epoch = epoch
+		}
+	}
 	if name, ok := p.known[subject]; ok {
 		defer p.mu.Unlock()
 		return p.lanes[name], nil
@@ -373,6 +383,11 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 	stream, err := p.js.Stream(ctx, name)
 	if err != nil {
 		return nil, unsent(fromNATS(op, err))
+	}
+	if p.admit != nil {
+		if err := p.admit(ctx, stream.CachedInfo()); err != nil {
+			return nil, err
+		}
 	}
 	cfg := stream.CachedInfo().Config
 	p.mu.Lock()

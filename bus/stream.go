@@ -97,6 +97,10 @@ func (b *Bus) declareStream(ctx context.Context, s Stream) error {
 		return fromNATS(op, err)
 	}
 	have := info.CachedInfo().Config
+	if have.PersistMode == jetstream.AsyncPersistMode {
+		return postrider.Errorf(postrider.FailedPrecondition, "%s: it has persist_mode async and acknowledges messages before it "+
+			"writes them, which cannot be changed: make the stream anew with persist_mode default", op)
+	}
 	merged, changes := merge(have, want)
 	if len(changes) == 0 {
 		return nil
