@@ -2,6 +2,7 @@ package postrider
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -63,7 +64,7 @@ func newContract(name string, zero any, opts []ContractOption) contract {
 func (c *contract) message(ctx context.Context, v any, opts []PublishOption) (*Message, error) {
 	data, err := c.codecs[0].Append(nil, v)
 	if err != nil {
-		return nil, &Error{Code: InvalidArgument, Op: "encode " + c.name, Err: err}
+		return nil, codecError("encode "+c.name, err)
 	}
 	m := &Message{ID: NewID(), Type: c.name, Time: time.Now(), ContentType: c.codecs[0].ContentType(), Data: data}
 	if c.key != nil {
@@ -82,16 +83,32 @@ func (c *contract) message(ctx context.Context, v any, opts []PublishOption) (*M
 	return m, nil
 }
 
-// decode reads m's data into v. What cannot be read now cannot be read later: the error is permanent.
+// decode reads m's data into v.
 func (c *contract) decode(m *Message, v any) error {
+	op := "decode " + c.name + " " + m.ID
+	if ref := m.Extension(ExtDataRef); ref != "" && len(m.Data) == 0 { // an empty value would pass in many a codec
+		return &Error{
+			Code: FailedPrecondition, Op: op,
+			Msg: "the data is not in the message but at " + ref + ": give the handler the middleware that fetches it (bus/claimcheck)",
+		}
+	}
 	cd, err := c.codecs.For(m.ContentType)
 	if err == nil {
 		err = cd.Unmarshal(m.Data, v)
 	}
 	if err != nil {
-		return Permanent(&Error{Code: InvalidArgument, Op: "decode " + c.name + " " + m.ID, Err: err})
+		return codecError(op, err)
 	}
 	return nil
+}
+
+// codecError gives the error of a codec its class. What cannot be encoded or decoded now cannot be later either, unless the
+// codec says that something it needs, such as a key, is Unavailable.
+func codecError(op string, err error) error {
+	if errors.Is(err, Unavailable) {
+		return &Error{Code: Unavailable, Op: op, Err: err}
+	}
+	return Permanent(&Error{Code: InvalidArgument, Op: op, Err: err})
 }
 
 // checkName panics unless name is made of tokens of letters, digits, "-" and "_", joined by dots.

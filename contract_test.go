@@ -175,6 +175,52 @@ func TestEncoding(t *testing.T) {
 	}
 }
 
+// brokenCodec fails with an error of its own.
+type brokenCodec struct{ err error }
+
+func (brokenCodec) ContentType() string                        { return "application/broken" }
+func (c brokenCodec) Append(dst []byte, _ any) ([]byte, error) { return dst, c.err }
+func (c brokenCodec) Unmarshal([]byte, any) error              { return c.err }
+
+// A codec's error is final, unless it says that something is away.
+func TestCodecErrors(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		err  error
+		want postrider.Code
+	}{
+		{errors.New("weather"), postrider.InvalidArgument},
+		{postrider.Errorf(postrider.Internal, "a bug"), postrider.InvalidArgument},
+		{fmt.Errorf("keys: %w", postrider.Errorf(postrider.Unavailable, "away")), postrider.Unavailable},
+	} {
+		topic := postrider.NewTopic[order]("orders.placed.v1", postrider.Encoding(brokenCodec{tt.err}))
+		_, decodeErr := topic.Decode(&postrider.Message{ID: "m-1"})
+		_, encodeErr := topic.Message(t.Context(), &order{})
+		for _, err := range []error{decodeErr, encodeErr} {
+			if postrider.CodeOf(err) != tt.want || postrider.Retryable(err) != (tt.want == postrider.Unavailable) || !errors.Is(err, tt.err) {
+				t.Errorf("%v becomes %v, want %v", tt.err, err, tt.want)
+			}
+		}
+	}
+}
+
+// A reference is not taken for an empty value, which many a codec would accept.
+func TestDataElsewhere(t *testing.T) {
+	t.Parallel()
+	topic := postrider.NewTopic[string]("notes.v1", postrider.Encoding(codec.Text))
+	m := &postrider.Message{ID: "m-1", ContentType: "text/plain"}
+	if err := m.SetExtension(postrider.ExtDataRef, "https://example.com/1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := topic.Decode(m); !errors.Is(err, postrider.FailedPrecondition) || !strings.Contains(err.Error(), "at https://example.com/1") {
+		t.Errorf("%v, want FailedPrecondition that names the reference", err)
+	}
+	m.Data = []byte("here too")
+	if e, err := topic.Decode(m); err != nil || *e.Value != "here too" {
+		t.Errorf("data beside the reference: %v", err)
+	}
+}
+
 func TestBatchError(t *testing.T) {
 	t.Parallel()
 	refused := postrider.Errorf(postrider.ResourceExhausted, "too large")

@@ -29,6 +29,8 @@ const (
 	ExtDeadline       = "deadline"       // milliseconds that a call has left, relative to its sending
 	ExtErrorCode      = "errorcode"      // on a reply: it is an error of this code, its data the JSON form
 	ExtSagaID         = "sagaid"         // the saga that a command or reply belongs to
+	ExtDataRef        = "dataref"        // where the data is when the message does not hold it (CloudEvents claim check)
+	ExtDataDigest     = "datadigest"     // of the data at dataref, "sha-256=" and 64 hexadecimal digits
 )
 
 // Message is one CloudEvent 1.0: its attributes as fields, its extensions as a small sorted slice, its data as bytes.

@@ -7,6 +7,8 @@
 //
 // [JSON], [Bytes] and [Text] live here and need nothing but the standard library. Protobuf messages are served by
 // codec/protocodec; JSON refuses them, because encoding/json writes them in a form no other protobuf reader accepts.
+// codec/compress and codec/encrypt wrap the codecs of a contract. A codec's error is final for the message at hand, unless it
+// is postrider.Unavailable: then something that the codec needs is away.
 //
 // A codec has no state and may be used by any number of goroutines. This package is not for envelopes: attributes of a
 // message are the business of the transports.
