@@ -31,6 +31,9 @@ const (
 	ExtSagaID         = "sagaid"         // the saga that a command or reply belongs to
 	ExtDataRef        = "dataref"        // where the data is when the message does not hold it (CloudEvents claim check)
 	ExtDataDigest     = "datadigest"     // of the data at dataref, "sha-256=" and 64 hexadecimal digits
+	ExtDeliverAt      = "deliverat"      // when a message is to be delivered, if not at once
+	ExtExpiryTime     = "expirytime"     // when a message loses its meaning (CloudEvents extension "Expiry Time")
+	ExtSchedule       = "schedule"       // the schedule that a recurring message comes from
 )
 
 // Message is one CloudEvent 1.0: its attributes as fields, its extensions as a small sorted slice, its data as bytes.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // Publisher takes messages: the bus, an outbox in a transaction, a recorder in a test. Publish returns nil when all of
@@ -82,6 +83,39 @@ func ReplyTo(topic string) PublishOption { return WithExtension(ExtReplyTo, topi
 
 // IdempotencyKey sets the key that makes repetitions of a command or call one: the same over all attempts.
 func IdempotencyKey(key string) PublishOption { return WithExtension(ExtIdempotencyKey, key) }
+
+// Delay has the message delivered after d, counted from now; see [At]. A negative d is InvalidArgument.
+func Delay(d time.Duration) PublishOption {
+	return func(m *Message) error {
+		if d < 0 {
+			return Errorf(InvalidArgument, "Delay is %v: want a positive duration", d)
+		}
+		return m.SetExtension(ExtDeliverAt, time.Now().Add(d))
+	}
+}
+
+// At has the message delivered at t and not before; a time that has passed means at once. The publisher accepts it now, so
+// that it outlives this process. The zero time is InvalidArgument. It has no place in the order of its key: it is as new
+// as the time it is delivered at.
+func At(t time.Time) PublishOption {
+	return func(m *Message) error {
+		if t.IsZero() {
+			return Errorf(InvalidArgument, "At is the zero time: leave it out for a message that is delivered at once")
+		}
+		return m.SetExtension(ExtDeliverAt, t)
+	}
+}
+
+// Expires has the message lose its meaning after d, counted from now: what is not handled by then goes to the dead
+// letters. A d that is not positive is InvalidArgument.
+func Expires(d time.Duration) PublishOption {
+	return func(m *Message) error {
+		if d <= 0 {
+			return Errorf(InvalidArgument, "Expires is %v: want a positive duration", d)
+		}
+		return m.SetExtension(ExtExpiryTime, time.Now().Add(d))
+	}
+}
 
 // WithExtension sets an extension attribute; see [Message.SetExtension] for the values it takes.
 func WithExtension(name string, value any) PublishOption {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -137,8 +138,9 @@ type Bus struct {
 	compactType []string // header value of compact mode
 	proof       *proof
 
-	declaring sync.Mutex
-	declared  atomic.Bool
+	declaring   sync.Mutex
+	declared    atomic.Bool
+	ownDeclared atomic.Bool
 
 	mu      sync.Mutex
 	subs    []*subscription
@@ -204,7 +206,13 @@ func (b *Bus) Run(ctx context.Context) error {
 		return postrider.Errorf(postrider.FailedPrecondition, "bus: Run was called twice")
 	}
 	b.running = true
-	subs := b.subs
+	subs := slices.Clone(b.subs)
+	for _, s := range b.subs {
+		subs = append(subs, s.redelivery())
+	}
+	if len(subs)+len(b.cfg.Streams) > 0 {
+		subs = append(subs, b.forwarder())
+	}
 	b.mu.Unlock()
 	if err := b.start(ctx, subs); err != nil || ctx.Err() != nil {
 		return err
@@ -242,6 +250,9 @@ func (b *Bus) bind(ctx context.Context, subs []*subscription) error {
 	}
 	if len(subs) > 0 {
 		if err := b.declareStream(ctx, b.deadLetterStream()); err != nil {
+			return err
+		}
+		if err := b.declareOwn(ctx); err != nil {
 			return err
 		}
 	}
@@ -296,10 +307,13 @@ func fromNATS(op string, err error) error {
 
 // Error numbers of the JetStream API (nats-server: server/errors.json) that mean something to the bus.
 const (
+	errInvalidStream    = 10052
 	errMessageTooLarge  = 10054
 	errWrongSequence    = 10071
 	errStreamFull       = 10077
 	errWrongSequenceNow = 10164
+	errBadSchedule      = 10189
+	errBadTimeZone      = 10223
 )
 
 // apiCode classifies an error of the JetStream API: code is HTTP-like, errCode is its own number.
@@ -309,6 +323,10 @@ func apiCode(code int, errCode uint16) postrider.Code {
 		return postrider.ResourceExhausted
 	case errWrongSequence, errWrongSequenceNow:
 		return postrider.Aborted
+	case errBadSchedule, errBadTimeZone:
+		return postrider.InvalidArgument
+	case errInvalidStream: // a change that the server does not make, with code 500
+		return postrider.FailedPrecondition
 	}
 	switch {
 	case code == 404:

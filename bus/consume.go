@@ -26,11 +26,14 @@ type subscription struct {
 	bus     *Bus
 	cfg     subscribeConfig
 	handler postrider.Handler
+	subject string // what its consumer takes
 	durable string
 	stream  string
+	own     bool // reads from the bus's own stream: see redelivery
 	log     *slog.Logger
-	breaker *breaker // nil: none
-	pacer   *pacer   // nil: none
+	breaker *breaker      // nil: none
+	pacer   *pacer        // nil: none
+	slots   chan struct{} // bounds the handlers at work, together with the redelivery's
 
 	mu       sync.Mutex
 	sub      *nats.Subscription
@@ -100,13 +103,11 @@ func (s *subscription) run(ctx context.Context) error {
 					s.giveBack(msg)
 					continue
 				}
-				if !s.mayBegin(msg) {
-					continue
-				}
-				began := time.Now()
-				if s.handle(handlerCtx, msg) {
+				s.slots <- struct{}{}
+				if began := time.Now(); s.mayBegin(msg) && s.handle(handlerCtx, msg) {
 					s.settled(msg, time.Since(began))
 				}
+				<-s.slots
 			}
 		})
 	}
@@ -424,6 +425,9 @@ func (s *subscription) handle(ctx context.Context, msg *nats.Msg) bool {
 	if s.lanes != nil {
 		delivery.Attempt += s.triedHere(msg)
 	}
+	if s.own {
+		s.bus.restore(msg, &delivery)
+	}
 	if items, isBatch, err := splitBatch(msg); isBatch && err == nil {
 		return s.handleBatch(ctx, msg, items, delivery)
 	}
@@ -442,7 +446,9 @@ func (s *subscription) attempt(ctx context.Context, msg *nats.Msg, delivery post
 		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument,
 			"bus: not a CloudEvent: there is no ce-specversion header and no CloudEvents content type"))
 	default:
-		reply, err = s.handler.Handle(ctx, m)
+		if err = checkExpiry(m); err == nil {
+			reply, err = s.handler.Handle(ctx, m)
+		}
 	}
 	return m, reply, err
 }
@@ -508,6 +514,9 @@ func (s *subscription) retry(msg *nats.Msg, m *postrider.Message, delay time.Dur
 	if s.lanes != nil {
 		s.retryInPlace(msg, delay)
 		return false
+	}
+	if delay >= longestNak && !s.cfg.broadcast && s.handOver(msg, m, delay) {
+		return true
 	}
 	verdict, _ := json.Marshal(struct { //nolint:errchkjson // a number
 		Delay int64 `json:"delay"`

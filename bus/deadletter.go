@@ -52,12 +52,7 @@ func (b *Bus) deadLetterStream() Stream {
 
 // deadLetter stores a message in the dead letters and returns when the server has it.
 func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrider.Message, cause error) error {
-	header := make(nats.Header, len(msg.Header)+9)
-	for k, v := range msg.Header {
-		if !strings.HasPrefix(k, "Nats-") { // the server's own: ids, expectations, schedules
-			header[k] = v
-		}
-	}
+	header := ownHeaders(msg.Header, 9)
 	text := cause.Error()
 	if len(text) > maxCause {
 		text = strings.ToValidUTF8(text[:maxCause], "") + " ..."

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/postrider/postrider"
@@ -64,6 +65,11 @@ func (b *Bus) publishOnce(ctx context.Context, entries []*entry) []error {
 	if err := b.declare(ctx); err != nil {
 		return postrider.PublishErrors(unsent(err), len(entries))
 	}
+	if slices.ContainsFunc(entries, func(e *entry) bool { return e.via != "" }) {
+		if err := b.declareOwn(ctx); err != nil {
+			return postrider.PublishErrors(unsent(err), len(entries))
+		}
+	}
 	return b.pub.publish(ctx, entries)
 }
 
@@ -100,7 +106,11 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 		return nil, postrider.Errorf(postrider.InvalidArgument,
 			"bus: publish %s: %q is no address: want tokens without spaces and wildcards, joined by dots", m.ID, topic)
 	}
-	msg := b.encode(m, b.subject(topic))
+	e := &entry{msg: b.encode(m, b.subject(topic)), key: m.Key()}
+	if err := b.postpone(m, e); err != nil {
+		return nil, err
+	}
+	msg := e.msg
 	if limit := b.nc.MaxPayload(); limit > 0 && int64(msg.Size()) > limit {
 		return nil, postrider.Permanent(&postrider.Error{
 			Code: postrider.ResourceExhausted, Op: "bus: publish " + m.Type + " " + m.ID,
@@ -108,7 +118,7 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 				"send a reference instead of the data", msg.Size(), limit),
 		})
 	}
-	return &entry{msg: msg, key: m.Key()}, nil
+	return e, nil
 }
 
 // isAddress says if s can be published to: no empty tokens, no wildcards, no white space.

@@ -1,6 +1,7 @@
 package bus
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,8 @@ const ackTimeout = 5 * time.Second
 type entry struct {
 	msg  *nats.Msg
 	key  string // partition key, "" for none
+	via  string // of a scheduled message: where the server will send it, which is in the same stream
+	to   string // of a scheduled message: where it goes in the end, "" if that is via
 	err  error
 	call *call
 }
@@ -115,7 +118,7 @@ func (p *publisher) publish(ctx context.Context, entries []*entry) []error {
 	}
 	var parts []*part
 	for n, e := range entries {
-		l, err := p.lane(ctx, e.msg.Subject)
+		l, err := p.laneOf(ctx, e)
 		if err != nil {
 			errs[n] = err
 			continue
@@ -305,7 +308,7 @@ func (l *lane) single(group []*entry) {
 // finish gives an entry its result. A stream that does not answer may have gone: it is looked up again next time.
 func (l *lane) finish(e *entry, err error) {
 	if errors.Is(err, nats.ErrNoResponders) {
-		l.pub.forget(e.msg.Subject)
+		l.pub.forget(cmp.Or(e.via, e.msg.Subject))
 	}
 	e.finish(err)
 }
@@ -350,6 +353,16 @@ func (p *publisher) transmit(msg *nats.Msg, ack *pendingAck) {
 	if err := p.nc.PublishMsg(&m); err != nil {
 		ack.resolve(fromNATS("bus: publish to "+msg.Subject, err))
 	}
+}
+
+// laneOf finds the lane of an entry. One that is scheduled must have a stream to go to in the end.
+func (p *publisher) laneOf(ctx context.Context, e *entry) (*lane, error) {
+	if e.to != "" {
+		if _, err := p.lane(ctx, e.to); err != nil {
+			return nil, err
+		}
+	}
+	return p.lane(ctx, cmp.Or(e.via, e.msg.Subject))
 }
 
 // lane finds the stream that takes a subject.

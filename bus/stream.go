@@ -83,15 +83,18 @@ func (b *Bus) checkServer(ctx context.Context) error {
 }
 
 func (b *Bus) declareStream(ctx context.Context, s Stream) error {
-	op := "bus: declare stream " + s.Name
-	want := b.streamConfig(s)
-	info, err := b.js.Stream(ctx, s.Name)
+	return b.declareConfig(ctx, b.streamConfig(s))
+}
+
+func (b *Bus) declareConfig(ctx context.Context, want jetstream.StreamConfig) error {
+	op := "bus: declare stream " + want.Name
+	info, err := b.js.Stream(ctx, want.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		_, err = b.js.CreateStream(ctx, want)
 		if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
 			return fromNATS(op, err)
 		}
-		info, err = b.js.Stream(ctx, s.Name) // another instance was faster
+		info, err = b.js.Stream(ctx, want.Name) // another instance was faster
 	}
 	if err != nil {
 		return fromNATS(op, err)
@@ -108,7 +111,7 @@ func (b *Bus) declareStream(ctx context.Context, s Stream) error {
 	if _, err := b.js.UpdateStream(ctx, merged); err != nil {
 		return fromNATS(op+": change "+strings.Join(changes, ", "), err)
 	}
-	b.log.Info("stream changed", "stream", s.Name, "changes", changes)
+	b.log.Info("stream changed", "stream", want.Name, "changes", changes)
 	return nil
 }
 

@@ -154,8 +154,8 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 		}
 	}
 	s := &subscription{
-		bus: b, cfg: c, handler: h.With(b.cfg.Middleware...),
-		durable: durableName(c.group, h.Topic()),
+		bus: b, cfg: c, handler: h.With(b.cfg.Middleware...), subject: b.subject(h.Topic()),
+		durable: durableName(c.group, h.Topic()), slots: make(chan struct{}, c.concurrency),
 	}
 	if c.broadcast {
 		s.durable += "-" + postrider.NewID()
@@ -177,20 +177,19 @@ const maxAckPending = 20_000
 // bind finds the stream of the topic and makes the durable consumer exist. It is repeated when the consumer is lost.
 func (s *subscription) bind(ctx context.Context) error {
 	b, op := s.bus, "bus: subscribe "+s.handler.Name()
-	subject := b.subject(s.handler.Topic())
-	stream, err := b.js.StreamNameBySubject(ctx, subject)
+	stream, err := b.js.StreamNameBySubject(ctx, s.subject)
 	if err != nil {
 		if e := fromNATS(op, err); postrider.CodeOf(e) != postrider.NotFound {
 			return e
 		}
 		return &postrider.Error{
 			Code: postrider.FailedPrecondition, Op: op, Err: err,
-			Msg: "no stream takes " + subject + ": declare one in bus.Config.Streams",
+			Msg: "no stream takes " + s.subject + ": declare one in bus.Config.Streams",
 		}
 	}
 	cfg := jetstream.ConsumerConfig{
 		Durable:       s.durable,
-		FilterSubject: subject,
+		FilterSubject: s.subject,
 		DeliverPolicy: jetstream.DeliverNewPolicy,
 		AckPolicy:     jetstream.AckExplicitPolicy,
 		AckWait:       s.cfg.ackWait,
@@ -248,19 +247,25 @@ func (b *Bus) Resume(ctx context.Context, group, topic string) error {
 
 func (b *Bus) pause(ctx context.Context, op, group, topic string, until time.Time) error {
 	op += topic + " of group " + group
-	stream, err := b.js.StreamNameBySubject(ctx, b.subject(topic))
-	if err != nil {
-		return fromNATS(op, err)
-	}
-	if _, err = b.js.PauseConsumer(ctx, stream, durableName(group, topic), until); err != nil {
-		return fromNATS(op, err)
+	for _, subject := range [...]string{b.subject(topic), b.groupSubject(group, topic)} { // of all, and of the group alone
+		stream, err := b.js.StreamNameBySubject(ctx, subject)
+		if err != nil {
+			return fromNATS(op, err)
+		}
+		if _, err = b.js.PauseConsumer(ctx, stream, durableName(group, topic), until); err != nil {
+			return fromNATS(op, err)
+		}
 	}
 	return nil
 }
 
 // durableName is the name of a group's consumer. Such names have neither dots nor wildcards.
 func durableName(group, topic string) string {
-	return group + "-" + strings.NewReplacer(".", "_", "*", "=any", ">", "=rest").Replace(topic)
+	return group + "-" + strings.ReplaceAll(withoutWildcards(topic), ".", "_")
+}
+
+func withoutWildcards(topic string) string {
+	return strings.NewReplacer("*", "=any", ">", "=rest").Replace(topic)
 }
 
 // String says where a group begins.

@@ -78,9 +78,14 @@ func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
 		msg.Data = m.Data
 	}
 	if !b.cfg.AllowDuplicates {
-		msg.Header[headerMsgID] = []string{envelope.Escape(m.Source) + "#" + envelope.Escape(m.ID)}
+		msg.Header[headerMsgID] = []string{messageID(m)}
 	}
 	return msg
+}
+
+// messageID is what the server knows a message by.
+func messageID(m *postrider.Message) string {
+	return envelope.Escape(m.Source) + "#" + envelope.Escape(m.ID)
 }
 
 // format is how a message carries its events.
