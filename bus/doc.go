@@ -28,7 +28,8 @@
 // signs of progress, so that a short AckWait brings the messages of a crashed process back within seconds while a slow
 // handler may take its time. A failed attempt is given back to the server with the delay of the retry policy and blocks
 // nobody. After the last attempt, or at once when [postrider.Retryable] says that no attempt will help, the message is
-// stored in the dead letters, and only then given up. Handlers may see a message twice: wrap them with package
+// stored in the dead letters, and only then given up. A wait of five seconds or more is left to the server's scheduler, from
+// which the message comes back to its group alone. Handlers may see a message twice: wrap them with package
 // idempotency where that matters.
 //
 // # Order
@@ -36,6 +37,12 @@
 // A subscription that is [Ordered] handles the messages of one partition key one at a time, in the order of the stream,
 // and other keys beside them; a key whose message fails waits, and only that key. One instance of the group is active,
 // and another one takes over when it stops or dies.
+//
+// # Later
+//
+// [postrider.Delay] and [postrider.At] put a message off, through an outbox too; [Bus.Cancel] takes it back. [Bus.Schedule]
+// publishes a message again and again. The server keeps the time, to about a quarter of a second; a bus that runs,
+// whichever, brings what is due to its stream. [postrider.Expires] bounds how late a message may be handled.
 //
 // Not for: messages that may be lost (use NATS itself), answers that a caller waits for (package rpc), publishing that
 // must agree with a database transaction (package outbox).

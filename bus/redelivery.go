@@ -87,8 +87,8 @@ func (b *Bus) groupSubject(group, topic string) string {
 // also if s is a broadcast. Together the two handle no more messages at once than s alone may.
 func (s *subscription) redelivery() *subscription {
 	r := &subscription{
-		bus: s.bus, cfg: s.cfg, handler: s.handler, durable: durableName(s.cfg.group, s.handler.Topic()), log: s.log, slots: s.slots,
-		subject: s.bus.groupSubject(s.cfg.group, s.handler.Topic()), own: true,
+		bus: s.bus, cfg: s.cfg, handler: s.handler, durable: durableName(s.cfg.group, s.handler.Topic()), log: s.log,
+		subject: s.bus.groupSubject(s.cfg.group, s.handler.Topic()), own: true, slots: s.slots, breaker: s.breaker,
 	}
 	r.cfg.from, r.cfg.broadcast = DeliverAll, false
 	return r

@@ -119,8 +119,23 @@ func TestDelayedMessageTakesAnotherTime(t *testing.T) {
 
 func TestCancel(t *testing.T) {
 	t.Parallel()
+	for name, change := range map[string]func(*bus.Config){
+		"binary":        func(*bus.Config) {},
+		"compact":       func(c *bus.Config) { c.Compact = true },
+		"no ids":        func(c *bus.Config) { c.AllowDuplicates = true },
+		"with a prefix": func(c *bus.Config) { c.Prefix = "staging.eu" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testCancel(t, change)
+		})
+	}
+}
+
+func testCancel(t *testing.T, change func(*bus.Config)) {
+	t.Helper()
 	nc := postridertest.NATS(t)
-	b := newBus(t, nc)
+	b := newBus(t, nc, change)
 	cancel := func(id string, want bool) {
 		t.Helper()
 		if in, err := b.Cancel(t.Context(), id); err != nil || in != want {

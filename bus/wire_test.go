@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/bus"
@@ -34,11 +35,6 @@ func quoted(t *testing.T, info string) string {
 // checkDocumented publishes the event of docs/wire.md and compares what is stored with what the page says.
 func checkDocumented(t *testing.T, b *bus.Bus, nc *nats.Conn, headers string, data []byte) {
 	t.Helper()
-	want := map[string]string{}
-	for line := range strings.SplitSeq(headers, "\n") {
-		key, value, _ := strings.Cut(line, ": ")
-		want[key] = value
-	}
 	m := &postrider.Message{
 		ID: "n 1", Type: "notes.written.v1", Subject: "Größe \"100%\"", Time: time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC),
 		ContentType: "application/json", Data: []byte(`{"n":1}`),
@@ -51,11 +47,21 @@ func checkDocumented(t *testing.T, b *bus.Bus, nc *nats.Conn, headers string, da
 	if err := b.Publish(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}
-	got := stored(t, nc, "NOTES")[0]
+	compareStored(t, stored(t, nc, "NOTES")[0], "notes.written.v1", headers, data)
+}
+
+// compareStored compares a message in a stream with what docs/wire.md says.
+func compareStored(t *testing.T, got *jetstream.RawStreamMsg, subject, headers string, data []byte) {
+	t.Helper()
+	want := map[string]string{}
+	for line := range strings.SplitSeq(headers, "\n") {
+		key, value, _ := strings.Cut(line, ": ")
+		want[key] = value
+	}
+	for _, key := range []string{"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp", "Nats-Num-Pending", "Nats-Last-Sequence"} {
+		got.Header.Del(key) // the server tells where it found the message
+	}
 	for key, values := range got.Header {
-		if strings.HasPrefix(key, "Nats-") && key != "Nats-Msg-Id" {
-			continue // the server tells where it found the message
-		}
 		if want[key] != values[0] {
 			t.Errorf("header %s is %q, docs/wire.md says %q", key, values[0], want[key])
 		}
@@ -64,7 +70,7 @@ func checkDocumented(t *testing.T, b *bus.Bus, nc *nats.Conn, headers string, da
 	if len(want) > 0 {
 		t.Errorf("docs/wire.md has headers that are not sent: %v", want)
 	}
-	if !bytes.Equal(got.Data, data) || got.Subject != "notes.written.v1" {
+	if !bytes.Equal(got.Data, data) || got.Subject != subject {
 		t.Errorf("subject %s, data\n%s\ndocs/wire.md says\n%s", got.Subject, hex.Dump(got.Data), hex.Dump(data))
 	}
 }
@@ -90,6 +96,23 @@ func TestWireDocumentCompact(t *testing.T) {
 	}
 	nc := postridertest.NATS(t)
 	checkDocumented(t, newBus(t, nc, func(c *bus.Config) { c.Compact = true }), nc, headers, data)
+}
+
+func TestWireDocumentDelayed(t *testing.T) {
+	t.Parallel()
+	headers, data, _ := strings.Cut(quoted(t, "text delayed"), "\n\n")
+	nc := postridertest.NATS(t)
+	m := &postrider.Message{
+		ID: "n 1", Type: "notes.written.v1", Time: time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC),
+		ContentType: "application/json", Data: []byte(`{"n":1}`),
+	}
+	if err := postrider.At(time.Date(2200, 1, 2, 3, 4, 5, 6000, time.UTC))(m); err != nil {
+		t.Fatal(err)
+	}
+	if err := newBus(t, nc).Publish(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	compareStored(t, stored(t, nc, "SCHEDULES")[0], "sched.at.//test/notes.n%201", headers, []byte(data))
 }
 
 func TestWireDocumentError(t *testing.T) {
