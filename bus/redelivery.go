@@ -88,7 +88,8 @@ func (b *Bus) groupSubject(group, topic string) string {
 func (s *subscription) redelivery() *subscription {
 	r := &subscription{
 		bus: s.bus, cfg: s.cfg, handler: s.handler, durable: durableName(s.cfg.group, s.handler.Topic()), log: s.log,
-		subject: s.bus.groupSubject(s.cfg.group, s.handler.Topic()), own: true, slots: s.slots, breaker: s.breaker,
+		subject: s.bus.groupSubject(s.cfg.group, s.handler.Topic()), own: true,
+		slots: s.slots, breaker: s.breaker, pacer: s.pacer,
 	}
 	r.cfg.from, r.cfg.broadcast = DeliverAll, false
 	return r
