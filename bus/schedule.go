@@ -14,7 +14,7 @@ import (
 
 // A message that is to be delivered later waits in the bus's own stream, since the server schedules only within one
 // stream, and none that refuses what it has no room for. When it is due the server puts it before the group below, whose
-// handler, in any bus that runs, publishes it to its address. See docs/adr/0002-scheduled-messages.md.
+// handler, in any bus that runs, publishes it to its address. See docs/adr/0003-scheduled-messages.md.
 const (
 	schedulerGroup = "postrider-scheduler"
 	headerTimeZone = "Nats-Schedule-Time-Zone"
@@ -101,7 +101,7 @@ func (b *Bus) forwarder() *subscription {
 	s := &subscription{
 		bus: b, handler: h, own: true, subject: b.groupSubject(schedulerGroup, "") + ">", durable: schedulerGroup,
 		cfg: subscribeConfig{
-			group: schedulerGroup, concurrency: 64, ackWait: 10 * time.Second, from: DeliverAll,
+			group: schedulerGroup, concurrency: 16, ackWait: 10 * time.Second, from: DeliverAll,
 			retry: postrider.RetryPolicy{Attempts: -1}, // a stream that is away for long comes back
 		},
 		log: b.log.With("group", schedulerGroup),
