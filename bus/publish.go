@@ -48,7 +48,7 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 			switch {
 			case err == nil:
 				b.stats.published.Add(1)
-			case postrider.Retryable(err) && (!b.cfg.AllowDuplicates || notStored(err)):
+			case postrider.Retryable(err) && (!entries[i].isNameless() || notStored(err)):
 				again, againIndex = append(again, entries[i]), append(againIndex, index[i])
 			}
 		}

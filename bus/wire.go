@@ -57,6 +57,11 @@ func attributeHeader(name string) string {
 // values and data as the payload, or in compact mode.
 func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
 	msg := &nats.Msg{Subject: subject}
+	var values []string // one backing array
+	set := func(key, value string) {
+		values = append(values, value)
+		msg.Header[key] = values[len(values)-1 : len(values) : len(values)]
+	}
 	if b.cfg.Compact {
 		msg.Header = make(nats.Header, 2)
 		msg.Header[headerContentType] = b.compactType
@@ -69,16 +74,13 @@ func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
 				n++
 			}
 		}
-		values := make([]string, 0, n)
+		values = make([]string, 0, n)
 		msg.Header = make(nats.Header, n)
-		envelope.Headers(m, func(name, value string) {
-			values = append(values, envelope.Escape(value))
-			msg.Header[attributeHeader(name)] = values[len(values)-1 : len(values) : len(values)]
-		})
+		envelope.Headers(m, func(name, value string) { set(attributeHeader(name), envelope.Escape(value)) })
 		msg.Data = m.Data
 	}
 	if !b.cfg.AllowDuplicates {
-		msg.Header[headerMsgID] = []string{messageID(m)}
+		set(headerMsgID, messageID(m))
 	}
 	return msg
 }
