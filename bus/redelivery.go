@@ -67,6 +67,7 @@ func (b *Bus) declareOwn(ctx context.Context) error {
 	// What the server sends keeps the headers of its schedule; with those of a batch it would pass for a part of one, and
 	// unchecked.
 	want.AllowAtomicPublish = false
+	want.AllowDirect = false // a replica that lags behind may not know of a cancellation
 	want.AllowMsgSchedules, want.AllowMsgTTL, want.AllowRollup = true, true, true
 	if have, err := b.js.Stream(ctx, s.Name); err == nil {
 		want.Replicas = max(want.Replicas, have.CachedInfo().Config.Replicas)
