@@ -41,6 +41,7 @@ func allPeers() []peer {
 	return []peer{
 		{name: "plain", title: "nats.go", open: openPlain},
 		{name: "postrider", title: "Postrider", open: openPostrider},
+		{name: "compact", title: "Postrider compact", open: openCompact},
 		{name: "watermill", title: "Watermill", lacks: []kind{keyed}, open: openWatermill},
 		{name: "cqrs", title: "Watermill CQRS", lacks: []kind{keyed}, open: openCQRS},
 		{name: "cloudevents", title: "CloudEvents SDK", lacks: []kind{keyed, retrying}, open: openCloudEvents},

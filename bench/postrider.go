@@ -13,11 +13,17 @@ import (
 type rider struct {
 	connections
 	site
-	topic *postrider.Topic[value]
-	bus   *bus.Bus
+	compact bool
+	topic   *postrider.Topic[value]
+	bus     *bus.Bus
 }
 
-func openPostrider(_ context.Context, s site) (session, error) {
+func openPostrider(_ context.Context, s site) (session, error) { return openRider(s, false) }
+
+// openCompact has the whole event in the payload, in the CloudEvents protobuf format.
+func openCompact(_ context.Context, s site) (session, error) { return openRider(s, true) }
+
+func openRider(s site, compact bool) (session, error) {
 	c, err := connect(s.url)
 	if err != nil {
 		return nil, err
@@ -26,16 +32,14 @@ func openPostrider(_ context.Context, s site) (session, error) {
 	if s.keyed {
 		opts = append(opts, postrider.KeyBy(func(v *value) string { return strconv.FormatUint(key(v), 10) }))
 	}
-	b, err := bus.New(c.pub, riderConfig())
-	if err != nil {
-		return nil, err
-	}
-	return &rider{connections: c, site: s, topic: postrider.NewTopic[value](subject, opts...), bus: b}, nil
+	r := &rider{connections: c, site: s, compact: compact, topic: postrider.NewTopic[value](subject, opts...)}
+	r.bus, err = bus.New(c.pub, r.config())
+	return r, err
 }
 
-func riderConfig() bus.Config {
+func (r *rider) config() bus.Config {
 	return bus.Config{
-		Source: source, Group: group,
+		Source: source, Group: group, Compact: r.compact,
 		Streams: []bus.Stream{{Name: streamName, Topics: []string{subject}}},
 	}
 }
@@ -51,7 +55,7 @@ func (r *rider) backlog(ctx context.Context, values []*value) error {
 }
 
 func (r *rider) handle(ctx context.Context, n int, fn func(*value) error) (func() error, error) {
-	b, err := bus.New(r.sub, riderConfig())
+	b, err := bus.New(r.sub, r.config())
 	if err != nil {
 		return nil, err
 	}
