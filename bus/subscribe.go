@@ -101,12 +101,9 @@ func RateLimit(perSecond float64) SubscribeOption {
 	return func(c *subscribeConfig) { c.rate = perSecond }
 }
 
-// Subscribe has h handle the messages of its topic, from [Bus.Run] on. Events come to one member of each group. The
-// handler of a [postrider.Method] gets the commands sent to it, and its reply goes to the topic that the command asks
-// for. Errors: InvalidArgument for an option out of range, AlreadyExists for a second handler of the same topic and
-// group, FailedPrecondition once Run was called.
-func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
-	c := subscribeConfig{group: b.cfg.Group}
+// readOptions fills in the defaults and checks what the options of a subscription say.
+func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (subscribeConfig, error) {
+	c := subscribeConfig{group: group}
 	for _, opt := range opts {
 		opt(&c)
 	}
@@ -118,8 +115,8 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 			c.from = DeliverAll
 		}
 	}
-	bad := func(format string, args ...any) error {
-		return postrider.Errorf(postrider.InvalidArgument, "bus: subscribe "+h.Name()+": "+format, args...)
+	bad := func(format string, args ...any) (subscribeConfig, error) {
+		return c, postrider.Errorf(postrider.InvalidArgument, "bus: subscribe "+h.Name()+": "+format, args...)
 	}
 	switch {
 	case h.Topic() == "":
@@ -141,6 +138,18 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 	}
 	if err := c.retry.Validate(); err != nil {
 		return bad("%w", err)
+	}
+	return c, nil
+}
+
+// Subscribe has h handle the messages of its topic, from [Bus.Run] on. Events come to one member of each group. The
+// handler of a [postrider.Method] gets the commands sent to it, and its reply goes to the topic that the command asks
+// for. Errors: InvalidArgument for an option out of range, AlreadyExists for a second handler of the same topic and
+// group, FailedPrecondition once Run was called.
+func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
+	c, err := readOptions(h, b.cfg.Group, opts)
+	if err != nil {
+		return err
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -85,9 +85,10 @@ func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
 	return msg
 }
 
-// messageID is what the server knows a message by.
+// messageID is what the server knows a message by. A "#" may stand in source and id; only the last one parts them, lest
+// //a#b with the id c be taken for //a with the id b#c.
 func messageID(m *postrider.Message) string {
-	return envelope.Escape(m.Source) + "#" + envelope.Escape(m.ID)
+	return envelope.Escape(m.Source) + "#" + strings.ReplaceAll(envelope.Escape(m.ID), "#", "%23")
 }
 
 // format is how a message carries its events.

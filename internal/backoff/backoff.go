@@ -13,16 +13,20 @@ import (
 
 // Delay returns how long to wait after a failed attempt, counted from 1: full jitter below an exponential bound.
 func Delay(p postrider.RetryPolicy, attempt int) time.Duration {
-	p = p.WithDefaults()
-	bound := float64(p.Initial) * math.Pow(p.Multiplier, float64(max(attempt, 1)-1))
-	bound = min(bound, float64(p.Max))
+	bound := Bound(p, attempt)
 	b := backoff.NewExponentialBackOff(
-		backoff.WithInitialInterval(time.Duration(bound/2)), // randomised by its whole size: 0 to bound
+		backoff.WithInitialInterval(bound/2), // randomised by its whole size: 0 to bound
 		backoff.WithRandomizationFactor(1),
 		backoff.WithMaxElapsedTime(0),
-		backoff.WithMaxInterval(max(p.Max, time.Duration(bound))),
+		backoff.WithMaxInterval(max(p.Max, bound)),
 	)
 	return b.NextBackOff()
+}
+
+// Bound returns the longest wait after a failed attempt, counted from 1.
+func Bound(p postrider.RetryPolicy, attempt int) time.Duration {
+	p = p.WithDefaults()
+	return time.Duration(min(float64(p.Initial)*math.Pow(p.Multiplier, float64(max(attempt, 1)-1)), float64(p.Max)))
 }
 
 // Next decides what follows a failed attempt, counted from 1: the wait before the next one, or false when the policy is

@@ -1,0 +1,38 @@
+package bus_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/postridertest"
+	"github.com/postrider/postrider/postridertest/bustest"
+)
+
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	bustest.Suite{Start: func(t testing.TB) bustest.Broker {
+		srv := postridertest.NewNATS(t)
+		other := srv.Connect() // another program
+		conns := map[bustest.Bus]*nats.Conn{}
+		return bustest.Broker{
+			Open: func(cfg bus.Config) (bustest.Bus, error) {
+				nc := srv.Connect()
+				b, err := bus.New(nc, cfg)
+				conns[b] = nc
+				return b, err
+			},
+			DeadLetters: func(ctx context.Context, b bustest.Bus) ([]bus.DeadLetter, error) {
+				return b.(*bus.Bus).DeadLetters(ctx, 0, 100)
+			},
+			Crash: func(b bustest.Bus) { conns[b].Close() },
+			Inject: func(topic string, data []byte) error {
+				_, err := other.Request(topic, data, nats.DefaultTimeout)
+				return err
+			},
+			Restart: func() { srv.Stop(); srv.Start() },
+		}
+	}}.Run(t)
+}

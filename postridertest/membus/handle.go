@@ -1,0 +1,185 @@
+package membus
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/internal/backoff"
+)
+
+// subscription is one handler's share in the messages of a group.
+type subscription struct {
+	bus.Settings
+
+	bus     *Bus
+	handler postrider.Handler
+	log     *slog.Logger
+
+	// The broker's lock guards these.
+	group *group
+	held  map[*delivery]bool // being handled
+}
+
+// run serves the subscription until ctx ends, then waits for the handlers.
+func (s *subscription) run(ctx context.Context) error {
+	// Handlers outlive ctx: they end by themselves, or at DrainTimeout.
+	handlerCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	var handlers sync.WaitGroup
+	slots := make(chan struct{}, s.Concurrency)
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+			continue
+		case slots <- struct{}{}:
+		}
+		if d := s.bus.broker.take(ctx, s); d != nil {
+			handlers.Go(func() {
+				s.handle(handlerCtx, d)
+				<-slots
+			})
+		}
+	}
+	s.bus.broker.leave(s)
+	done := make(chan struct{})
+	go func() { handlers.Wait(); close(done) }()
+	timer := time.NewTimer(s.bus.cfg.DrainTimeout)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return nil
+	case <-timer.C:
+	}
+	cancel()
+	timer.Reset(time.Second) // what a cancelled handler gets to return
+	select {
+	case <-done:
+	case <-timer.C:
+	}
+	return postrider.Errorf(postrider.DeadlineExceeded,
+		"membus: drain group %s of %s: handlers were still running after DrainTimeout (%v) and were cancelled",
+		s.Group, s.handler.Name(), s.bus.cfg.DrainTimeout)
+}
+
+// handle runs the handler on one message and settles it.
+func (s *subscription) handle(ctx context.Context, d *delivery) {
+	m, err := d.message(s.bus.topic(d.subject))
+	m.Delivery = postrider.Delivery{Attempt: d.attempt, Stream: d.stream, Sequence: d.sequence, Stored: d.at, Group: s.Group}
+	var reply *postrider.Message
+	switch {
+	case err != nil:
+		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a valid CloudEvent: %w", err))
+	case d.event == nil && !s.handler.IsRaw():
+		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a CloudEvent: it has no attributes"))
+	default:
+		if err = d.expired("handle", m); err == nil {
+			reply, err = s.handler.Handle(ctx, m)
+		}
+	}
+	s.settle(context.WithoutCancel(ctx), d, m, reply, err)
+}
+
+// settle decides what becomes of a handled message, by the rules of package bus: nothing is settled before what follows
+// from it is stored.
+func (s *subscription) settle(ctx context.Context, d *delivery, m, reply *postrider.Message, err error) {
+	b := s.bus
+	dead := false
+	if err != nil {
+		if delay, again := backoff.Next(s.Retry, d.attempt, err); again {
+			if _, asked := postrider.RetryDelay(err); !asked && b.broker.Deterministic {
+				delay = backoff.Bound(s.Retry, d.attempt)
+			}
+			s.retry(d, m, delay, err)
+			return
+		}
+		if s.handler.IsCall() {
+			reply = postrider.ErrorReply(m, err)
+		}
+		// The refusal of a command is an answer, and its asker gets it. Anything else that failed for good is kept.
+		refused := !postrider.Retryable(err) && reply != nil && reply.Topic != ""
+		dead = !refused
+	}
+	if reply != nil && reply.Topic != "" {
+		if pubErr := b.Publish(ctx, reply); pubErr != nil {
+			s.log.Warn("reply not published, the command is delivered again", "id", m.ID, "replyto", reply.Topic, "error", pubErr)
+			s.retry(d, m, backoff.Bound(s.Retry, d.attempt), errors.Join(err, pubErr))
+			return
+		}
+	}
+	if dead {
+		s.deadLetter(d, m, err)
+	} else {
+		b.count(func(st *bus.Stats) { st.Handled++ })
+	}
+	b.broker.release(s, d, -1)
+}
+
+// retry has the message delivered again after a delay.
+func (s *subscription) retry(d *delivery, m *postrider.Message, delay time.Duration, err error) {
+	if limit := s.bus.broker.MaxDelay; limit > 0 {
+		delay = min(delay, limit)
+	}
+	s.log.Debug("attempt failed", "id", m.ID, "type", m.Type, "attempt", d.attempt, "delay", delay, "error", err)
+	s.bus.count(func(st *bus.Stats) { st.Retried++ })
+	s.bus.broker.release(s, d, delay)
+}
+
+// count changes the counters, unless the process has died.
+func (b *Bus) count(change func(*bus.Stats)) {
+	b.broker.mu.Lock()
+	defer b.broker.mu.Unlock()
+	if !b.dead {
+		change(&b.stats)
+	}
+}
+
+// deadLetter stores a message in the dead letters.
+func (s *subscription) deadLetter(d *delivery, m *postrider.Message, cause error) {
+	k := s.bus.broker
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if s.bus.dead {
+		return
+	}
+	s.bus.stats.DeadLettered++
+	subject := s.bus.subject("dead." + s.Group + "." + m.Topic)
+	k.append(k.streamOf(subject), &stored{
+		subject: subject, event: d.event, raw: d.raw,
+		letter: &bus.DeadLetter{
+			Group: s.Group, Topic: m.Topic, Code: postrider.CodeOf(cause), Cause: cause.Error(), Attempts: d.attempt,
+			Stream: d.stream, Origin: d.sequence, At: time.Now(),
+		},
+	})
+	s.log.Warn("message moved to the dead letters", "id", m.ID, "type", m.Type, "attempts", d.attempt,
+		"code", postrider.CodeOf(cause), "cause", cause)
+}
+
+// DeadLetters returns up to limit dead letters, oldest first, from a sequence of the dead letter stream on (0: from its
+// beginning).
+func (b *Bus) DeadLetters(ctx context.Context, from uint64, limit int) ([]bus.DeadLetter, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, &postrider.Error{Code: postrider.CodeOf(err), Op: "membus: list dead letters", Err: err}
+	}
+	b.broker.mu.Lock()
+	defer b.broker.mu.Unlock()
+	s := b.broker.streamOf(b.subject("dead.x"))
+	if s == nil {
+		return nil, nil
+	}
+	var letters []bus.DeadLetter
+	for _, m := range s.messages {
+		if m.letter == nil || m.sequence < from || len(letters) >= limit {
+			continue
+		}
+		l := *m.letter
+		l.Sequence = m.sequence
+		l.Message, _ = m.message(l.Topic) // as far as it can be read
+		letters = append(letters, l)
+	}
+	return letters, nil
+}
