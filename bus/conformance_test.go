@@ -13,6 +13,13 @@ import (
 
 func TestConformance(t *testing.T) {
 	t.Parallel()
+	t.Run("Binary", func(t *testing.T) { conformance(t, false) })
+	t.Run("Compact", func(t *testing.T) { conformance(t, true) })
+}
+
+func conformance(t *testing.T, compact bool) {
+	t.Helper()
+	t.Parallel()
 	bustest.Suite{Start: func(t testing.TB) bustest.Broker {
 		srv := postridertest.NewNATS(t)
 		other := srv.Connect() // another program
@@ -20,6 +27,7 @@ func TestConformance(t *testing.T) {
 		return bustest.Broker{
 			Open: func(cfg bus.Config) (bustest.Bus, error) {
 				nc := srv.Connect()
+				cfg.Compact = compact
 				b, err := bus.New(nc, cfg)
 				conns[b] = nc
 				return b, err
