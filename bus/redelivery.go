@@ -64,8 +64,7 @@ func (b *Bus) declareOwn(ctx context.Context) error {
 	want := b.streamConfig(s)
 	want.Retention = jetstream.WorkQueuePolicy
 	want.Discard = jetstream.DiscardOld // schedules need it; without limits nothing is discarded
-	// What the server sends keeps the headers of its schedule; with those of a batch it would pass for a part of one, and
-	// unchecked.
+	// What the server sends keeps the headers of its schedule, those of an atomic batch too: it would pass for a part of one.
 	want.AllowAtomicPublish = false
 	want.AllowDirect = false // a replica that lags behind may not know of a cancellation
 	want.AllowMsgSchedules, want.AllowMsgTTL, want.AllowRollup = true, true, true
