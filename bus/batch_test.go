@@ -180,7 +180,7 @@ func TestBatchDeadLetters(t *testing.T) {
 	send(t, nc, "application/cloudevents-batch+json", []byte("not JSON"))
 	var letters []bus.DeadLetter
 	postridertest.Eventually(t, func() (err error) {
-		if letters, err = b.DeadLetters(t.Context(), 0, 10); err == nil && len(letters) != 4 {
+		if letters, _, err = b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0); err == nil && len(letters) != 4 {
 			err = fmt.Errorf("%d dead letters, want 4", len(letters))
 		}
 		return err
@@ -227,7 +227,7 @@ func TestBatchIsBounded(t *testing.T) {
 	<-b.Started()
 	send(t, nc, "application/cloudevents-batch+protobuf", []byte(strings.Repeat("\x0a\x00", 10_001)))
 	postridertest.Eventually(t, func() error {
-		letters, err := b.DeadLetters(t.Context(), 0, 10)
+		letters, _, err := b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0)
 		if err == nil && (len(letters) != 1 || !strings.Contains(letters[0].Cause, "10001 events")) {
 			err = fmt.Errorf("dead letters are %+v", letters)
 		}

@@ -33,9 +33,11 @@ type Config struct {
 	// Streams are declared before the first use: see [Stream]. Declare every stream that this service publishes to.
 	Streams []Stream
 
-	// DeadLetters is the stream that keeps the messages which could not be handled. It is declared by a bus that
-	// subscribes. Default "DEAD_LETTERS".
-	DeadLetters string
+	// DeadLetters is the stream that keeps the messages which could not be handled, and the log of what was done with
+	// them. It is declared by a bus that subscribes, with topics of its own: leave Topics empty. Name is by default
+	// "DEAD_LETTERS"; MaxAge is zero by default, so that a letter stays until somebody has acted on it. All that share
+	// the stream must agree on it.
+	DeadLetters Stream
 
 	// Prefix stands before every subject, so that systems can share a server: "staging" makes orders.placed.v1 go to
 	// staging.orders.placed.v1. Default none.
@@ -75,7 +77,7 @@ type Config struct {
 }
 
 func (c Config) withDefaults() Config {
-	c.DeadLetters = cmp.Or(c.DeadLetters, "DEAD_LETTERS")
+	c.DeadLetters.Name = cmp.Or(c.DeadLetters.Name, "DEAD_LETTERS")
 	c.PublishTimeout = cmp.Or(c.PublishTimeout, 10*time.Second)
 	c.DrainTimeout = cmp.Or(c.DrainTimeout, 30*time.Second)
 	if c.Logger == nil {
@@ -110,8 +112,11 @@ func (c Config) validate() error {
 			return bad(fmt.Sprintf("Monitors[%d]", i), "is %q: want the address of a server's monitoring port, http://host:8222", m)
 		}
 	}
-	if !isToken(c.DeadLetters) {
-		return bad("DeadLetters", "is %q: want letters, digits, - and _", c.DeadLetters)
+	if !isToken(c.DeadLetters.Name) {
+		return bad("DeadLetters.Name", "is %q: want letters, digits, - and _", c.DeadLetters.Name)
+	}
+	if len(c.DeadLetters.Topics) > 0 {
+		return bad("DeadLetters.Topics", "is %v: the bus sets it", c.DeadLetters.Topics)
 	}
 	if c.PublishTimeout < 0 || c.DrainTimeout < 0 {
 		return bad("PublishTimeout and DrainTimeout", "must not be negative")

@@ -53,7 +53,7 @@ func TestCompactAndBinaryMeet(t *testing.T) {
 		}
 		return nil
 	})
-	letters, err := compact.DeadLetters(t.Context(), 0, 10)
+	letters, _, err := compact.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0)
 	if err != nil || len(letters) != 1 || string(letters[0].Message.Data) != `{"n":3}` {
 		t.Errorf("dead letters %+v, %v", letters, err)
 	}

@@ -33,7 +33,8 @@ func conformance(t *testing.T, compact bool) {
 				return b, err
 			},
 			DeadLetters: func(ctx context.Context, b bustest.Bus) ([]bus.DeadLetter, error) {
-				return b.(*bus.Bus).DeadLetters(ctx, 0, 100)
+				letters, _, err := b.(*bus.Bus).DeadLetters().List(ctx, bus.LetterFilter{}, 0, 100)
+				return letters, err
 			},
 			Crash: func(b bustest.Bus) { conns[b].Close() },
 			Inject: func(topic string, data []byte) error {

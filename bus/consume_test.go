@@ -168,7 +168,7 @@ func TestDeadLetters(t *testing.T) {
 	postridertest.Eventually(t, wantCount(good.count, 2))
 	var letters []bus.DeadLetter
 	postridertest.Eventually(t, func() (err error) {
-		if letters, err = b.DeadLetters(t.Context(), 0, 100); err == nil && len(letters) != 6 {
+		if letters, _, err = b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0); err == nil && len(letters) != 6 {
 			err = fmt.Errorf("%d dead letters, want 6", len(letters))
 		}
 		return err
@@ -343,7 +343,7 @@ func TestCommandsAreAnswered(t *testing.T) {
 		}
 	}
 	postridertest.Eventually(t, wantCount(func() int { return int(calls.Load()) }, 6)) // three of them for the broken one
-	letters, err := b.DeadLetters(t.Context(), 0, 10)
+	letters, _, err := b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0)
 	if err != nil || len(letters) != 1 || !strings.Contains(letters[0].Cause, "out of ink") {
 		t.Errorf("dead letters are %+v, %v: want the broken command only, a refusal is an answer", letters, err)
 	}

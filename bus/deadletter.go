@@ -2,29 +2,52 @@ package bus
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/postrider/postrider"
 )
 
-// Headers that say why a message is in the dead letters. They stand beside the message's own, which stay as they came.
+// Headers of dead letters, of what is re-driven, and of the log of actions (docs/wire.md, "Dead letters"). They stand
+// beside the message's own, which stay as they came.
 const (
-	headerGroup    = "Postrider-Group"
-	headerTopic    = "Postrider-Topic"
-	headerCode     = "Postrider-Code"
-	headerCause    = "Postrider-Cause"
-	headerAttempts = "Postrider-Attempts"
-	headerStream   = "Postrider-Stream"
-	headerSequence = "Postrider-Sequence"
-	headerTime     = "Postrider-Time"
+	headerOwn = "Postrider-" // what all of them begin with
+
+	headerGroup       = headerOwn + "Group"
+	headerTopic       = headerOwn + "Topic"
+	headerSubscribed  = headerOwn + "Subscription"
+	headerCode        = headerOwn + "Code"
+	headerCause       = headerOwn + "Cause"
+	headerFingerprint = headerOwn + "Fingerprint"
+	headerAttempts    = headerOwn + "Attempts"
+	headerStream      = headerOwn + "Stream"
+	headerSequence    = headerOwn + "Sequence"
+	headerTime        = headerOwn + "Time"
+	headerPayload     = headerOwn + "Payload"
+	headerRedrives    = headerOwn + "Redrives"
+	headerCopyOf      = headerOwn + "Copy-Of"
+
+	headerAction     = headerOwn + "Action"
+	headerBy         = headerOwn + "By"
+	headerWhy        = headerOwn + "Why"
+	headerActionTime = headerOwn + "Action-Time"
+	headerLetter     = headerOwn + "Letter"
+	headerCopy       = headerOwn + "Copy"
 )
+
+// Addresses of dead letters, and of the log of what was done with them.
+const (
+	deadPrefix    = "dead."
+	deadLogPrefix = "deadlog."
+)
+
+// payloadAtOrigin is the Postrider-Payload of a letter that is too large with its headers: its payload is read from the
+// stream that it came from.
+const payloadAtOrigin = "origin"
 
 // maxCause bounds the cause: the server refuses more than 64 KiB of headers.
 const maxCause = 8 << 10
@@ -33,27 +56,40 @@ const maxCause = 8 << 10
 type DeadLetter struct {
 	Sequence uint64 // in the dead letter stream
 
-	Group    string         // the group whose handler failed
-	Topic    string         // where the message was published
-	Code     postrider.Code // class of the last error
-	Cause    string         // text of the last error
-	Attempts int            // how often it was delivered
-	Stream   string         // the stream it came from
-	Origin   uint64         // its sequence there
-	At       time.Time      // when it was given up
+	Group        string         // the group whose handler failed
+	Topic        string         // where the message was published
+	Subscription string         // the topic that the group has subscribed to: Topic, or wildcards
+	Code         postrider.Code // class of the last error
+	Cause        string         // text of the last error
+	Fingerprint  string         // the same for causes that differ in numbers, ids and quoted text only
+	Attempts     int            // how often it was delivered, since it was last re-driven
+	Redrives     int            // how often it was re-driven before
+	Stream       string         // the stream it came from
+	Origin       uint64         // its sequence there
+	At           time.Time      // when it was given up
+	CopyOf       uint64         // the letter that this one is an edited copy of, 0 for none
 
-	// Message is the message as far as it can be read; its Data is always there.
+	// Header has the message's headers and Data its payload, as they came.
+	Header map[string][]string
+	Data   []byte
+
+	// Message is the message as far as it can be read. One that is no CloudEvent has a Topic and Data only.
 	Message *postrider.Message
+
+	notes nats.Header // ours
 }
 
 func (b *Bus) deadLetterStream() Stream {
-	return Stream{Name: b.cfg.DeadLetters, Topics: []string{"dead.>"}}
+	s := b.cfg.DeadLetters
+	s.Topics = []string{deadPrefix + ">", deadLogPrefix + ">"}
+	return s
 }
 
 // deadLetter stores a message in the dead letters and returns when the server has it.
 func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrider.Message, cause error) error {
-	header := ownHeaders(msg.Header, 9)
+	header := ownHeaders(msg.Header, 11)
 	text := cause.Error()
+	kind := fingerprint(postrider.CodeOf(cause), text)
 	if len(text) > maxCause {
 		text = strings.ToValidUTF8(text[:maxCause], "") + " ..."
 	}
@@ -61,21 +97,25 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 	if item != "" {
 		item = "." + item
 	}
+	item += life(msg.Header)
 	for _, h := range [...][2]string{
 		{headerGroup, s.cfg.group},
 		{headerTopic, m.Topic},
+		{headerSubscribed, s.handler.Topic()},
 		{headerCode, postrider.CodeOf(cause).String()},
 		{headerCause, strconv.Quote(text)}, // a header has one line
+		{headerFingerprint, kind},
 		{headerAttempts, strconv.Itoa(m.Delivery.Attempt)},
 		{headerStream, m.Delivery.Stream},
 		{headerSequence, strconv.FormatUint(m.Delivery.Sequence, 10)},
-		{headerTime, time.Now().UTC().Format(time.RFC3339Nano)},
-		{headerMsgID, fmt.Sprintf("dead.%s.%s.%d%s", s.cfg.group, m.Delivery.Stream, m.Delivery.Sequence, item)},
+		{headerTime, formatTime(time.Now())},
+		{headerMsgID, fmt.Sprintf("dead.%s.%s.%d%s", s.durable, m.Delivery.Stream, m.Delivery.Sequence, item)},
 	} {
 		header[h[0]] = []string{h[1]}
 	}
-	e := &entry{msg: &nats.Msg{Subject: s.bus.subject("dead." + s.cfg.group + "." + m.Topic), Header: header, Data: msg.Data}}
-	if err := s.bus.pub.publish(ctx, []*entry{e})[0]; err != nil {
+	letter := &nats.Msg{Subject: s.bus.subject(deadPrefix + s.cfg.group + "." + m.Topic), Header: header, Data: msg.Data}
+	s.bus.fit(letter)
+	if err := s.bus.pub.publish(ctx, []*entry{{msg: letter}})[0]; err != nil {
 		return fmt.Errorf("bus: dead letter: %w", err)
 	}
 	s.bus.stats.deadLettered.Add(1)
@@ -84,47 +124,57 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 	return nil
 }
 
-// DeadLetters returns up to limit dead letters, oldest first, from a sequence of the dead letter stream on (0: from its
-// beginning). It is empty when there are none, or when the stream was never declared.
-func (b *Bus) DeadLetters(ctx context.Context, from uint64, limit int) ([]DeadLetter, error) {
-	const op = "bus: list dead letters"
-	stream, err := b.js.Stream(ctx, b.cfg.DeadLetters)
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		return nil, nil
-	} else if err != nil {
-		return nil, fromNATS(op, err)
+// life tells the ids of a re-driven message from those that it had before: it ends in the same place, after the same
+// attempts.
+func life(h nats.Header) string {
+	if letter := h.Get(headerLetter); letter != "" {
+		return ".letter-" + letter
 	}
-	var letters []DeadLetter
-	for seq := max(from, 1); len(letters) < limit; seq++ {
-		raw, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(b.subject("dead.>")))
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			break
-		} else if err != nil {
-			return nil, fromNATS(op, err)
-		}
-		seq = raw.Sequence
-		letters = append(letters, parseDeadLetter(raw))
-	}
-	return letters, nil
+	return ""
 }
 
-func parseDeadLetter(raw *jetstream.RawStreamMsg) DeadLetter {
-	h := raw.Header
+// fit leaves the payload out if a message has become too large by our headers. It is still where the letter came from.
+func (b *Bus) fit(msg *nats.Msg) {
+	if limit := b.nc.MaxPayload(); limit > 0 && int64(msg.Size()) > limit {
+		msg.Header[headerPayload], msg.Data = []string{payloadAtOrigin}, nil
+	}
+}
+
+func formatTime(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
+
+// parseDeadLetter reads what deadLetter stored.
+func parseDeadLetter(sequence uint64, h nats.Header, data []byte) DeadLetter {
 	d := DeadLetter{
-		Sequence: raw.Sequence, Group: h.Get(headerGroup), Topic: h.Get(headerTopic), Stream: h.Get(headerStream),
-		Cause: h.Get(headerCause),
+		Sequence: sequence, Group: h.Get(headerGroup), Topic: h.Get(headerTopic), Subscription: h.Get(headerSubscribed),
+		Cause: unquote(h.Get(headerCause)), Fingerprint: h.Get(headerFingerprint), Stream: h.Get(headerStream),
+		Header: map[string][]string{}, Data: data, notes: nats.Header{},
 	}
 	d.Code, _ = postrider.ParseCode(h.Get(headerCode))
-	if text, err := strconv.Unquote(d.Cause); err == nil {
-		d.Cause = text
-	}
 	d.Attempts, _ = strconv.Atoi(h.Get(headerAttempts))
+	d.Redrives, _ = strconv.Atoi(h.Get(headerRedrives))
 	d.Origin, _ = strconv.ParseUint(h.Get(headerSequence), 10, 64)
 	d.At, _ = time.Parse(time.RFC3339Nano, h.Get(headerTime))
-	m, _, err := decode(&nats.Msg{Header: h, Data: raw.Data}, d.Topic)
+	d.CopyOf, _ = strconv.ParseUint(h.Get(headerCopyOf), 10, 64)
+	for k, v := range h {
+		switch {
+		case strings.HasPrefix(k, headerOwn):
+			d.notes[k] = v
+		case !strings.HasPrefix(k, "Nats-"):
+			d.Header[k] = v
+		}
+	}
+	m, _, err := decode(&nats.Msg{Header: d.Header, Data: data}, d.Topic)
 	if err != nil {
-		m = &postrider.Message{Topic: d.Topic, Data: raw.Data}
+		m = &postrider.Message{Topic: d.Topic, Data: data}
 	}
 	d.Message = m
 	return d
+}
+
+// unquote reads a header that was quoted to have one line.
+func unquote(s string) string {
+	if text, err := strconv.Unquote(s); err == nil {
+		return text
+	}
+	return s
 }

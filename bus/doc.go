@@ -32,6 +32,11 @@
 // which the message comes back to its group alone. Handlers may see a message twice: wrap them with package
 // idempotency where that matters.
 //
+// # Dead letters
+//
+// [Bus.DeadLetters] lists them, groups them by cause, and replays, edits or discards them. What is replayed reaches the
+// group that failed and no other.
+//
 // # Order
 //
 // A subscription that is [Ordered] handles the messages of one partition key one at a time, in the order of the stream,

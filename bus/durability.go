@@ -83,7 +83,7 @@ func (b *Bus) Durability(ctx context.Context) (Durability, error) {
 		return Durability{}, err
 	}
 	b.proof.forget()
-	names := []string{b.cfg.DeadLetters}
+	names := []string{b.cfg.DeadLetters.Name}
 	for _, s := range b.cfg.Streams {
 		names = append(names, s.Name)
 	}

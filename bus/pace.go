@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// pacer spaces the beginnings of handlers evenly: a leaky bucket that holds nothing.
+// pacer spaces beginnings evenly: a leaky bucket that holds nothing.
 type pacer struct {
 	interval time.Duration
 

@@ -234,12 +234,13 @@ func TestConfig(t *testing.T) {
 	t.Parallel()
 	nc := postridertest.NATS(t)
 	for name, cfg := range map[string]bus.Config{
-		"Source":            {},
-		"Group":             {Source: "//a", Group: "a.b"},
-		"Streams[0].Name":   {Source: "//a", Streams: []bus.Stream{{Name: "a b"}}},
-		"Streams[0].Topics": {Source: "//a", Streams: []bus.Stream{{Name: "A"}}},
-		"DeadLetters":       {Source: "//a", DeadLetters: "a.b"},
-		"PublishTimeout":    {Source: "//a", PublishTimeout: -1},
+		"Source":             {},
+		"Group":              {Source: "//a", Group: "a.b"},
+		"Streams[0].Name":    {Source: "//a", Streams: []bus.Stream{{Name: "a b"}}},
+		"Streams[0].Topics":  {Source: "//a", Streams: []bus.Stream{{Name: "A"}}},
+		"DeadLetters.Name":   {Source: "//a", DeadLetters: bus.Stream{Name: "a.b"}},
+		"DeadLetters.Topics": {Source: "//a", DeadLetters: bus.Stream{Topics: []string{"x"}}},
+		"PublishTimeout":     {Source: "//a", PublishTimeout: -1},
 	} {
 		if _, err := bus.New(nc, cfg); !errors.Is(err, postrider.InvalidArgument) || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: error is %v, want InvalidArgument that names the field", name, err)

@@ -154,7 +154,7 @@ func (s *subscription) handOver(msg *nats.Msg, m *postrider.Message, delay time.
 	defer cancel()
 	d, header := m.Delivery, ownHeaders(msg.Header, 5)
 	for _, h := range [...][2]string{
-		{headerMsgID, fmt.Sprintf("%s.%s.%d.%d", s.durable, d.Stream, d.Sequence, d.Attempt)},
+		{headerMsgID, fmt.Sprintf("%s.%s.%d.%d%s", s.durable, d.Stream, d.Sequence, d.Attempt, life(msg.Header))},
 		{headerTopic, s.bus.topic(msg.Subject)},
 		{headerAttempts, strconv.Itoa(d.Attempt)},
 		{headerStream, d.Stream},

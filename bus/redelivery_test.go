@@ -69,7 +69,7 @@ func TestLongRetryLeavesTheConsumer(t *testing.T) {
 		t.Errorf("the message was changed on the way: %+v, data %s", m, m.Data)
 	}
 	postridertest.Eventually(t, func() error {
-		letters, err := b.DeadLetters(t.Context(), 0, 10)
+		letters, _, err := b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0)
 		if err == nil && (len(letters) != 1 || letters[0].Attempts != 2 || letters[0].Stream != "NOTES" || letters[0].Origin != 1 ||
 			letters[0].Topic != "notes.written.v1") {
 			err = fmt.Errorf("dead letters are %+v, want one after 2 attempts", letters)

@@ -294,7 +294,7 @@ func TestExpiredMessagesAreDeadLetters(t *testing.T) {
 		t.Errorf("the sender of the expired command was told %v", err)
 	}
 	postridertest.Eventually(t, func() error {
-		letters, err := b.DeadLetters(t.Context(), 0, 10)
+		letters, _, err := b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0)
 		if err == nil && (len(letters) != 1 || letters[0].Code != postrider.DeadlineExceeded || !strings.Contains(letters[0].Cause, "expired")) {
 			err = fmt.Errorf("dead letters are %+v, want the expired event", letters)
 		}

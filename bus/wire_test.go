@@ -50,14 +50,20 @@ func checkDocumented(t *testing.T, b *bus.Bus, nc *nats.Conn, headers string, da
 	compareStored(t, stored(t, nc, "NOTES")[0], "notes.written.v1", headers, data)
 }
 
+// headersOf reads headers as docs/wire.md quotes them.
+func headersOf(text string) map[string]string {
+	header := map[string]string{}
+	for line := range strings.SplitSeq(text, "\n") {
+		key, value, _ := strings.Cut(line, ": ")
+		header[key] = value
+	}
+	return header
+}
+
 // compareStored compares a message in a stream with what docs/wire.md says.
 func compareStored(t *testing.T, got *jetstream.RawStreamMsg, subject, headers string, data []byte) {
 	t.Helper()
-	want := map[string]string{}
-	for line := range strings.SplitSeq(headers, "\n") {
-		key, value, _ := strings.Cut(line, ": ")
-		want[key] = value
-	}
+	want := headersOf(headers)
 	for _, key := range []string{"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp", "Nats-Num-Pending", "Nats-Last-Sequence"} {
 		got.Header.Del(key) // the server tells where it found the message
 	}

@@ -117,7 +117,7 @@ func wantDeadLetter(t *testing.T, b *bus.Bus, code postrider.Code, attempts int,
 	t.Helper()
 	var letters []bus.DeadLetter
 	postridertest.Eventually(t, func() (err error) {
-		if letters, err = b.DeadLetters(t.Context(), 0, 10); err == nil && len(letters) != 1 {
+		if letters, _, err = b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0); err == nil && len(letters) != 1 {
 			err = fmt.Errorf("%d dead letters, want 1", len(letters))
 		}
 		return err

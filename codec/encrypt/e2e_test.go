@@ -246,7 +246,7 @@ func TestBadPayloadsGoToTheDeadLetters(t *testing.T) {
 	run(t, b)
 	got.want(t, "bad") // the last one
 	postridertest.Eventually(t, func() error {
-		letters, err := b.DeadLetters(t.Context(), 0, 10)
+		letters, _, err := b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0)
 		if err == nil && len(letters) != len(causes) {
 			err = fmt.Errorf("%d dead letters, want %d", len(letters), len(causes))
 		}

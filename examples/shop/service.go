@@ -65,7 +65,7 @@ func open(ctx context.Context, name string, at servers) (_ *service, err error) 
 		Source: "//shop/" + name, Group: name, Prefix: prefix, Logger: s.log,
 		// One stream for the whole shop: what is published at the same time shares the server's disk syncs.
 		Streams:        []bus.Stream{{Name: "SHOP", Topics: []string{"orders.>", "stock.>", "payments.>", "shipping.>", "saga.>"}}},
-		DeadLetters:    "SHOP_DEAD_LETTERS",
+		DeadLetters:    bus.Stream{Name: "SHOP_DEAD_LETTERS"},
 		PublishTimeout: 5 * time.Second,
 		DrainTimeout:   10 * time.Second,
 	})

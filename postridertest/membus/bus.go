@@ -213,7 +213,7 @@ func (b *Bus) start() error {
 		return err
 	}
 	if len(b.subs) > 0 {
-		if err := k.declare(b.cfg.DeadLetters, []string{b.subject("dead.>")}, 0); err != nil {
+		if err := k.declare(b.cfg.DeadLetters.Name, []string{b.subject("dead.>")}, 0); err != nil {
 			return err
 		}
 	}

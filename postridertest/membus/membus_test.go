@@ -201,7 +201,7 @@ func TestPrefix(t *testing.T) {
 		got := map[string][]string{}
 		for _, prefix := range []string{"staging", "live"} {
 			b, err := k.New(bus.Config{
-				Source: "//shop/orders", Group: "tester", Prefix: prefix, DeadLetters: "DEAD_" + prefix,
+				Source: "//shop/orders", Group: "tester", Prefix: prefix, DeadLetters: bus.Stream{Name: "DEAD_" + prefix},
 				Streams: []bus.Stream{{Name: "ORDERS_" + prefix, Topics: []string{"orders.>"}}},
 			})
 			if err != nil {
