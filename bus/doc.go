@@ -22,6 +22,12 @@
 // (DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984) with the client as the log's
 // writer.
 //
+// What goes out is in binary mode, or, with [Config.Compact], in structured mode with the protobuf format, which is smaller
+// and cheaper; readers take these and every other form of docs/wire.md, several events in one message too.
+//
+// [Bus.Durability] tells whether the servers are known to sync before they acknowledge. Run logs it, and
+// [Config.RequireDurable] insists on it.
+//
 // # Handling
 //
 // A subscription pulls from a durable consumer as many messages as it has room for, and keeps those it holds alive by

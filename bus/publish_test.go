@@ -241,6 +241,7 @@ func TestConfig(t *testing.T) {
 		"DeadLetters.Name":   {Source: "//a", DeadLetters: bus.Stream{Name: "a.b"}},
 		"DeadLetters.Topics": {Source: "//a", DeadLetters: bus.Stream{Topics: []string{"x"}}},
 		"PublishTimeout":     {Source: "//a", PublishTimeout: -1},
+		"Monitors[0]":        {Source: "//a", Monitors: []string{"nats-1:8222"}},
 	} {
 		if _, err := bus.New(nc, cfg); !errors.Is(err, postrider.InvalidArgument) || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: error is %v, want InvalidArgument that names the field", name, err)
