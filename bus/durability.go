@@ -249,7 +249,7 @@ func (p *proof) ask(ctx context.Context, names []string) (settings map[string]sy
 }
 
 // askTimeout bounds the wait for the answers of servers.
-const askTimeout = 2 * time.Second
+const askTimeout = 5 * time.Second
 
 // varzSubject is where all servers of a cluster listen for requests of the system account.
 const varzSubject = "$SYS.REQ.SERVER.PING.VARZ"

@@ -19,7 +19,6 @@ import (
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/bus"
 	"github.com/postrider/postrider/internal/devstack"
-	"github.com/postrider/postrider/postridertest"
 )
 
 // startNATS starts a server of the test's own and connects.
@@ -226,16 +225,5 @@ func TestDurabilityIsProvedAgain(t *testing.T) {
 	}
 	if err := noted.Publish(t.Context(), b, &note{}); !errors.Is(err, postrider.FailedPrecondition) {
 		t.Errorf("error is %v, want FailedPrecondition: the server does not sync any more", err)
-	}
-}
-
-func TestMonitorThatDoesNotAnswer(t *testing.T) {
-	t.Parallel()
-	nc := postridertest.NATS(t)
-	b := newBus(t, nc, func(c *bus.Config) {
-		c.RequireDurable, c.Monitors, c.PublishTimeout = true, []string{"http://127.0.0.1:1"}, 300*time.Millisecond
-	})
-	if err := noted.Publish(t.Context(), b, &note{}); !errors.Is(err, postrider.Unavailable) || !strings.Contains(err.Error(), "monitor") {
-		t.Errorf("error is %v, want Unavailable that names the monitor", err)
 	}
 }

@@ -1,11 +1,13 @@
 package bus
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/postridertest"
 )
 
@@ -41,5 +43,15 @@ func TestProofOfReplicas(t *testing.T) {
 		if d.Proof != tt.want || !strings.Contains(strings.Join(d.Findings, "; "), tt.finding) {
 			t.Errorf("leader %s, replicas %v: %s, %q; want %s with %q", tt.leader, tt.replicas, d.Proof, d.Findings, tt.want, tt.finding)
 		}
+	}
+}
+
+// TestMonitorThatDoesNotAnswer takes a server that should answer for one that is away: asking again may help.
+func TestMonitorThatDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	p := newProof(postridertest.NATS(t), []string{"http://127.0.0.1:1"})
+	err := p.admit(t.Context(), &jetstream.StreamInfo{Config: jetstream.StreamConfig{Name: "NOTES"}})
+	if !errors.Is(err, postrider.Unavailable) || !postrider.Retryable(err) || !strings.Contains(err.Error(), "the monitor does not answer") {
+		t.Errorf("error is %v, want Unavailable that names the monitor", err)
 	}
 }
