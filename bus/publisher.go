@@ -28,6 +28,10 @@ const (
 	maxGroupBytes = 8 << 20
 	minBatch      = 4 // also the smallest group of single publishes whose time tells something
 
+	// Of so many groups the first messages of one go out singly, to measure.
+	probeEvery = 64
+	probeSize  = 16
+
 	// What is believed at first: nats-server 2.15 with sync_interval always, on a small virtual machine.
 	firstBatchTime  = 2500 * time.Microsecond
 	firstSingleTime = 200 * time.Microsecond
@@ -100,6 +104,7 @@ type lane struct {
 	// Moving averages, for who is at work on the queue.
 	batchTime  time.Duration // of a batch, whatever its size: most of it is the staging
 	singleTime time.Duration // of a single publish among others
+	groups     int           // that could have been batches
 
 	mu    sync.Mutex
 	queue []*entry
@@ -245,13 +250,24 @@ func (l *lane) take() []*entry {
 // again one by one: a duplicate id refuses the whole batch, and a bad message must not fail its neighbours. Without ids the
 // server would store twice what it has already: an unknown outcome is then the result.
 func (l *lane) send(group []*entry) {
-	n, began := len(group), time.Now()
-	if !l.atomic || n < minBatch || l.singleTime < l.batchTime/time.Duration(n) {
-		l.single(group)
-		if n >= minBatch {
-			l.singleTime += (time.Since(began)/time.Duration(n) - l.singleTime) / 8
-			l.batchTime += (firstBatchTime - l.batchTime) / 64 // one slow batch must not be the last
+	if !l.atomic || len(group) < minBatch {
+		_ = l.single(group)
+		return
+	}
+	if l.groups++; l.groups%probeEvery == 1 { // what a single publish takes must be known while batches are used
+		head := group[:min(len(group), probeSize)]
+		group = group[len(head):]
+		if err := l.measured(head); err != nil {
+			for _, e := range group { // must not overtake
+				l.finish(e, err)
+			}
+			return
 		}
+	}
+	began := time.Now()
+	if len(group) < minBatch || l.singleTime < l.batchTime/time.Duration(len(group)) {
+		_ = l.measured(group)
+		l.batchTime += (firstBatchTime - l.batchTime) / 64 // one slow batch must not be the last
 		return
 	}
 	err := l.pub.batch(group)
@@ -278,27 +294,43 @@ func (l *lane) send(group []*entry) {
 	}
 }
 
+// measured is single, and notes the time that it takes.
+func (l *lane) measured(group []*entry) error {
+	began := time.Now()
+	err := l.single(group)
+	if n := len(group); n >= minBatch {
+		l.singleTime += (time.Since(began)/time.Duration(n) - l.singleTime) / 4
+	}
+	return err
+}
+
 // single publishes each message with an acknowledgement of its own, all at once but for messages of one key: the second
-// of them waits until the first is stored, and is not sent if it was not, lest it should overtake it.
-func (l *lane) single(group []*entry) {
+// of them waits until the first is stored, and is not sent if it was not, lest it should overtake it. It returns an error
+// that passes, if there was one.
+func (l *lane) single(group []*entry) (passing error) {
 	type sent struct {
 		*entry
 		ack *pendingAck
 	}
 	var wave []sent
+	keys := map[string]bool{}    // of the wave
 	failed := map[string]error{} // by key
 	settle := func() {
 		for _, s := range wave {
 			err := s.ack.wait()
-			if err != nil && s.key != "" && postrider.Retryable(err) {
-				failed[s.key] = err
+			if err != nil && postrider.Retryable(err) {
+				passing = err
+				if s.key != "" {
+					failed[s.key] = err
+				}
 			}
 			l.finish(s.entry, err)
 		}
 		wave = wave[:0]
+		clear(keys)
 	}
 	for _, e := range group {
-		if e.key != "" && slices.ContainsFunc(wave, func(s sent) bool { return s.key == e.key }) {
+		if e.key != "" && keys[e.key] {
 			settle()
 		}
 		if err := failed[e.key]; err != nil {
@@ -308,8 +340,10 @@ func (l *lane) single(group []*entry) {
 		ack := l.pub.acks.add()
 		l.pub.transmit(e.msg, ack)
 		wave = append(wave, sent{e, ack})
+		keys[e.key] = true
 	}
 	settle()
+	return passing
 }
 
 // finish gives an entry its result. A stream that does not answer may have gone: it is looked up again next time.

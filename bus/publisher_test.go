@@ -118,7 +118,7 @@ func TestBatchOfUnknownOutcome(t *testing.T) {
 		for i := range entries {
 			entries[i] = &entry{msg: &nats.Msg{Subject: "stand.in", Header: header}}
 		}
-		l := &lane{pub: pub, atomic: true}
+		l := &lane{pub: pub, atomic: true, groups: 1} // no group to measure with
 		errs := l.publish(t.Context(), entries)
 		mu.Lock()
 		sent := singles
