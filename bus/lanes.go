@@ -159,6 +159,7 @@ func (s *subscription) keepOwnership(ctx context.Context) error {
 	silent := time.Since(s.lastPull) > ownerTTL/4
 	s.mu.Unlock()
 	if reset {
+		s.reset() // the server forgets what was asked for before: it is asked again, on another inbox
 		if _, err := s.bus.js.ResetConsumer(ctx, s.stream, s.durable); err != nil {
 			s.mu.Lock()
 			s.wasReset = false

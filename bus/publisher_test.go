@@ -3,6 +3,7 @@ package bus
 import (
 	"context"
 	"errors"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -126,5 +127,41 @@ func TestBatchOfUnknownOutcome(t *testing.T) {
 		if unsure := errors.Is(errs[0], postrider.DeadlineExceeded); len(header) == 0 && (!unsure || sent > 0) || len(header) > 0 && (errs[0] != nil || sent != minBatch) {
 			t.Errorf("%s: %v, %d were sent again", name, errs[0], sent)
 		}
+	}
+}
+
+// TestBatchesOnARealServer has a lane that believes in batches.
+func TestBatchesOnARealServer(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "S", Subjects: []string{"s"}, AllowAtomicPublish: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries := make([]*entry, 2*maxGroup+500)
+	for i := range entries {
+		entries[i] = &entry{msg: &nats.Msg{Subject: "s", Data: []byte(strconv.Itoa(i))}}
+	}
+	l := &lane{pub: newPublisher(nc, js), atomic: true, groups: 1, singleTime: time.Hour}
+	if err := errors.Join(l.publish(t.Context(), entries)...); err != nil {
+		t.Fatal(err)
+	}
+	batches := map[string]bool{}
+	for i := range entries {
+		m, err := stream.GetMsg(t.Context(), uint64(i)+1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(m.Data) != strconv.Itoa(i) {
+			t.Fatalf("message %d is %s", i, m.Data)
+		}
+		batches[m.Header.Get(headerBatchID)] = true
+	}
+	if len(batches) != 3 || batches[""] {
+		t.Errorf("went out in the batches %v, want three", batches)
 	}
 }
