@@ -110,7 +110,8 @@ func (c *chaos) strike(ctx context.Context, db *pgx.Conn, h *host) {
 
 // endSessions ends a service's connections to PostgreSQL.
 func (c *chaos) endSessions(ctx context.Context, db *pgx.Conn, h *host) {
-	_, err := db.Exec(ctx, `select pg_terminate_backend(pid) from pg_stat_activity where application_name = $1`, "shop-"+h.name)
+	_, err := db.Exec(ctx, `select pg_terminate_backend(pid) from pg_stat_activity
+		where application_name = $1 and datname = current_database()`, "shop-"+h.name)
 	if err != nil && ctx.Err() == nil {
 		c.at.log.Warn("chaos: sessions not ended", "error", err)
 	}
