@@ -12,6 +12,7 @@ import (
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/internal/wiredoc"
 	"github.com/postrider/postrider/postridertest"
 )
 
@@ -177,7 +178,7 @@ func TestWireDocumentDeadLetters(t *testing.T) {
 		t.Fatal(err)
 	}
 	letter := stored(t, nc, "DEAD_LETTERS")[0]
-	headers, data, _ := strings.Cut(quoted(t, "text letter"), "\n\n")
+	headers, data, _ := strings.Cut(wiredoc.Text(t, "text letter"), "\n\n")
 	if letter.Header.Get("Postrider-Time") == "" {
 		t.Error("the letter has no time")
 	}
@@ -209,7 +210,7 @@ func TestWireDocumentDeadLetters(t *testing.T) {
 	if n, err := b.DeadLetters().Replay(t.Context(), []uint64{1}, clerk); n != 1 || err != nil {
 		t.Fatalf("replayed %d, %v", n, err)
 	}
-	headers, data, _ = strings.Cut(quoted(t, "text redrive"), "\n\n")
+	headers, data, _ = strings.Cut(wiredoc.Text(t, "text redrive"), "\n\n")
 	compareStored(t, stored(t, nc, "SCHEDULES")[0], "group.tester.notes.written.v1", headers, []byte(data))
 	entry, err := stream.GetMsg(t.Context(), 2)
 	if err != nil {

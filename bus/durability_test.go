@@ -19,6 +19,7 @@ import (
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/bus"
 	"github.com/postrider/postrider/internal/devstack"
+	"github.com/postrider/postrider/internal/wiredoc"
 )
 
 // startNATS starts a server of the test's own and connects.
@@ -50,7 +51,7 @@ func startNATS(t *testing.T, cfg devstack.NATSConfig, options ...nats.Option) (*
 // accounts configures a server as docs/wire.md shows it, and adds a user "mute" who may not publish to $SYS.
 func accounts(t *testing.T) string {
 	t.Helper()
-	return strings.Replace(quoted(t, "text accounts"), "users: [", `users: [
+	return strings.Replace(wiredoc.Text(t, "text accounts"), "users: [", `users: [
 		{user: mute, password: secret, permissions: {publish: {deny: "$SYS.>"}}}, `, 1)
 }
 

@@ -3,8 +3,6 @@ package bus_test
 import (
 	"bytes"
 	"encoding/hex"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -14,23 +12,9 @@ import (
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/internal/wiredoc"
 	"github.com/postrider/postrider/postridertest"
 )
-
-// quoted returns the block of docs/wire.md that begins with ```info.
-func quoted(t *testing.T, info string) string {
-	t.Helper()
-	page, err := os.ReadFile(filepath.Join("..", "docs", "wire.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, block, ok := strings.Cut(string(page), "```"+info+"\n")
-	block, _, closed := strings.Cut(block, "\n```")
-	if !ok || !closed {
-		t.Fatalf("docs/wire.md has no block %q", info)
-	}
-	return block
-}
 
 // checkDocumented publishes the event of docs/wire.md and compares what is stored with what the page says.
 func checkDocumented(t *testing.T, b *bus.Bus, nc *nats.Conn, headers string, data []byte) {
@@ -83,14 +67,14 @@ func compareStored(t *testing.T, got *jetstream.RawStreamMsg, subject, headers s
 
 func TestWireDocumentEvent(t *testing.T) {
 	t.Parallel()
-	headers, data, _ := strings.Cut(quoted(t, "text event"), "\n\n")
+	headers, data, _ := strings.Cut(wiredoc.Text(t, "text event"), "\n\n")
 	nc := postridertest.NATS(t)
 	checkDocumented(t, newBus(t, nc), nc, headers, []byte(data))
 }
 
 func TestWireDocumentCompact(t *testing.T) {
 	t.Parallel()
-	headers, dump, _ := strings.Cut(quoted(t, "text compact"), "\n\n")
+	headers, dump, _ := strings.Cut(wiredoc.Text(t, "text compact"), "\n\n")
 	var data []byte
 	for line := range strings.SplitSeq(dump, "\n") {
 		digits, _, _ := strings.Cut(line, "|")
@@ -106,7 +90,7 @@ func TestWireDocumentCompact(t *testing.T) {
 
 func TestWireDocumentDelayed(t *testing.T) {
 	t.Parallel()
-	headers, data, _ := strings.Cut(quoted(t, "text delayed"), "\n\n")
+	headers, data, _ := strings.Cut(wiredoc.Text(t, "text delayed"), "\n\n")
 	nc := postridertest.NATS(t)
 	m := &postrider.Message{
 		ID: "n 1", Type: "notes.written.v1", Time: time.Date(2026, 1, 2, 3, 4, 5, 6000, time.UTC),
@@ -127,7 +111,7 @@ func TestWireDocumentError(t *testing.T) {
 		Code: postrider.FailedPrecondition, Msg: "only 3 of sku 11 are left", RetryAfter: 250 * time.Millisecond,
 		Details: []postrider.Detail{{Type: "shop.v1.Shortage", Value: []byte{3}}},
 	}
-	if got := string(postrider.AppendError(nil, err)); got != quoted(t, "json error") {
-		t.Errorf("an error is written as\n%s\ndocs/wire.md says\n%s", got, quoted(t, "json error"))
+	if got := string(postrider.AppendError(nil, err)); got != wiredoc.Text(t, "json error") {
+		t.Errorf("an error is written as\n%s\ndocs/wire.md says\n%s", got, wiredoc.Text(t, "json error"))
 	}
 }

@@ -3,38 +3,17 @@ package rpc
 import (
 	"bytes"
 	"encoding/hex"
-	"os"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/wiredoc"
 )
 
 // docs/wire.md shows a call byte by byte. What it shows is what is sent, and it is read back.
 func TestWireDocument(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("../docs/wire.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	example := func(name string) []byte {
-		_, rest, found := strings.Cut(string(text), "\n```text "+name+"\n")
-		block, _, ended := strings.Cut(rest, "```")
-		if !found || !ended {
-			t.Fatalf("docs/wire.md has no example %q", name)
-		}
-		var data []byte
-		for line := range strings.Lines(block) {
-			digits, _, _ := strings.Cut(line, "|")
-			b, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(digits), " ", ""))
-			if err != nil {
-				t.Fatalf("example %q, line %q: %v", name, line, err)
-			}
-			data = append(data, b...)
-		}
-		return data
-	}
+	example := func(name string) []byte { return wiredoc.Bytes(t, "text "+name) }
 
 	req := &postrider.Message{
 		ID: "r-1", Source: "//shop/orders", Type: "stock.v1/Reserve", Time: time.Unix(1_700_000_000, 0),

@@ -21,6 +21,7 @@ import (
 	"github.com/postrider/postrider/bus"
 	"github.com/postrider/postrider/bus/claimcheck"
 	"github.com/postrider/postrider/codec"
+	"github.com/postrider/postrider/internal/wiredoc"
 	"github.com/postrider/postrider/outbox"
 	"github.com/postrider/postrider/postridertest"
 )
@@ -469,12 +470,7 @@ func TestManyInstancesStartAtOnce(t *testing.T) {
 // What docs/wire.md shows is read, and written but for the object's name.
 func TestWireDocument(t *testing.T) {
 	t.Parallel()
-	page, err := os.ReadFile("../../docs/wire.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, block, _ := strings.Cut(string(page), "```text claim\n")
-	block, _, _ = strings.Cut(block, "\n```")
+	block := wiredoc.Text(t, "text claim")
 	ref, digest, ok := strings.Cut(strings.TrimPrefix(block, "ce-dataref: "), "\nce-datadigest: ")
 	if !ok {
 		t.Fatalf("docs/wire.md shows a claim as %q", block)
@@ -491,7 +487,7 @@ func TestWireDocument(t *testing.T) {
 		t.Errorf("written with %v and %d bytes of data, docs/wire.md has %s and %s", m.Extensions, len(m.Data), ref, digest)
 	}
 	_, name, _ = strings.Cut(ref, "/")
-	_, err = bucket(t, nc).PutBytes(t.Context(), name, data)
+	_, err := bucket(t, nc).PutBytes(t.Context(), name, data)
 	if err = errors.Join(err, m.SetExtension(postrider.ExtDataRef, ref), m.SetExtension(postrider.ExtDataDigest, digest)); err != nil {
 		t.Fatal(err)
 	}

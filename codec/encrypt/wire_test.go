@@ -3,39 +3,18 @@ package encrypt_test
 import (
 	"bytes"
 	"encoding/hex"
-	"os"
-	"strings"
 	"testing"
 
 	"github.com/postrider/postrider/codec"
 	"github.com/postrider/postrider/codec/compress"
 	"github.com/postrider/postrider/codec/encrypt"
+	"github.com/postrider/postrider/internal/wiredoc"
 )
 
 // docs/wire.md shows a payload byte by byte. What it shows is read, and what is written differs from it in what is random only.
 func TestWireDocument(t *testing.T) {
 	t.Parallel()
-	page, err := os.ReadFile("../../docs/wire.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	example := func(name string) []byte {
-		_, rest, found := strings.Cut(string(page), "\n```text "+name+"\n")
-		block, _, ended := strings.Cut(rest, "```")
-		if !found || !ended {
-			t.Fatalf("docs/wire.md has no example %q", name)
-		}
-		var data []byte
-		for line := range strings.Lines(block) {
-			digits, _, _ := strings.Cut(line, "|")
-			b, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(digits), " ", ""))
-			if err != nil {
-				t.Fatalf("example %q, line %q: %v", name, line, err)
-			}
-			data = append(data, b...)
-		}
-		return data
-	}
+	example := func(name string) []byte { return wiredoc.Bytes(t, "text "+name) }
 	secret := make([]byte, encrypt.KeySize)
 	for i := range secret {
 		secret[i] = byte(i)
