@@ -3,6 +3,7 @@ package wiredoc
 
 import (
 	"encoding/hex"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,7 +25,7 @@ func Text(t tb, info string) string {
 		}
 		dir = filepath.Dir(dir)
 	}
-	page, err := os.ReadFile(filepath.Join(dir, "docs", "wire.md"))
+	page, err := fs.ReadFile(os.DirFS(dir), "docs/wire.md")
 	if err != nil {
 		t.Fatalf("the wire document: %v", err)
 	}
