@@ -17,27 +17,31 @@ const (
 	retrying   kind = "retry"   // the same, one message in ten fails the first time
 	slow       kind = "slow"    // the same, a handler takes 1 ms
 	latency    kind = "latency" // 500 values a second, from before the publish to the handler
+	memory     kind = "memory"  // 16 handlers work off a backlog of so many, however long it takes
 )
 
 const (
-	batchSize     = 1000
-	endCallers    = 64
-	window        = 4096 // messages between publisher and handler, at most
-	keys          = 256
-	failEvery     = 10
-	slowTime      = time.Millisecond
-	pace          = 500 // values a second
-	paceHandlers  = 16
-	retryDelay    = time.Millisecond
-	maxRate       = 250_000  // messages a second that are published end to end, at most
-	backlogRate   = 40_000   // messages for each second of measuring
-	backlogMemory = 96 << 20 // bytes of a backlog, at most
+	batchSize    = 1000
+	endCallers   = 64
+	window       = 4096 // messages between publisher and handler, at most
+	keys         = 256
+	failEvery    = 10
+	slowTime     = time.Millisecond
+	pace         = 500 // values a second
+	paceHandlers = 16
+
+	memoryHandlers = 16
+	memoryTime     = time.Minute // to work off a backlog of the kind memory, at most
+	retryDelay     = time.Millisecond
+	maxRate        = 250_000  // messages a second that are published end to end, at most
+	backlogRate    = 40_000   // messages for each second of measuring
+	backlogMemory  = 96 << 20 // bytes of a backlog, at most
 )
 
 // cell is one line of the table.
 type cell struct {
 	kind kind
-	n    int // callers or handlers; 0 where the kind has but one way
+	n    int // callers or handlers, messages of the kind memory; 0 where the kind has but one way
 }
 
 func (c cell) String() string {
@@ -65,6 +69,19 @@ func allCells() []cell {
 	}
 }
 
+// memoryCells are not among all cells: they tell something only together, and a million messages take their time.
+func memoryCells() []cell { return []cell{{memory, 10_000}, {memory, 100_000}, {memory, 1_000_000}} }
+
+func namedCells() []cell { return append(allCells(), memoryCells()...) }
+
+// handlers is how many messages are handled at once.
+func (c cell) handlers() int {
+	if c.kind == memory {
+		return memoryHandlers
+	}
+	return c.n
+}
+
 // job is what a worker is asked to do.
 type job struct {
 	Cell    string
@@ -74,9 +91,12 @@ type job struct {
 }
 
 // backlog returns how many messages wait when a cell begins.
-func (j job) backlog(k kind) int {
+func (j job) backlog(c cell) int {
 	rate := float64(backlogRate)
-	if k == slow {
+	switch c.kind { //nolint:exhaustive // the others are alike
+	case memory:
+		return c.n
+	case slow:
 		rate = 16 * float64(time.Second/slowTime)
 	}
 	return max(100, min(int(rate*j.Seconds), backlogMemory/j.Size))
@@ -93,6 +113,7 @@ type result struct {
 	P50, P99 time.Duration // of the kind latency
 	Allocs   float64       // a message
 	CPU      time.Duration // of the worker's process, a message
+	Heap     float64       // of the kind memory: bytes in use, beyond those before it began
 	Lost     int64         // acknowledged and not there, or acknowledged to the server and not handled
 	Again    int64         // stored or handled twice
 	Disorder int64         // handled before an earlier one of the same key

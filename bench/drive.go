@@ -21,6 +21,9 @@ type cellRun struct {
 }
 
 func (r *cellRun) duration() time.Duration {
+	if r.cell.kind == memory {
+		return memoryTime
+	}
 	return time.Duration(r.job.Seconds * float64(time.Second))
 }
 
@@ -97,7 +100,7 @@ func (r *cellRun) publishBatches(ctx context.Context, until time.Time) error {
 
 // drain has handlers work off a backlog until it is done or the time is up.
 func (r *cellRun) drain(ctx context.Context) (result, error) {
-	total := int64(r.job.backlog(r.cell.kind))
+	total := int64(r.job.backlog(r.cell))
 	for from := int64(0); from < total; from += batchSize {
 		values := make([]*value, min(batchSize, total-from))
 		for i := range values {
@@ -127,7 +130,10 @@ func (r *cellRun) drain(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	stop, err := r.session.handle(ctx, r.cell.n, fn)
+	if r.cell.kind == memory {
+		m.watchHeap()
+	}
+	stop, err := r.session.handle(ctx, r.cell.handlers(), fn)
 	if err != nil {
 		return result{}, err
 	}

@@ -61,7 +61,7 @@ func parseFlags(args []string) (plan, error) {
 	flags.StringVar(&p.sync, "sync", syncAlways, `the server's sync_interval: "always" or "default" (2 minutes)`)
 	flags.StringVar(&p.profile, "profile", "", "write a CPU profile of each measurement into this folder")
 	flags.BoolVar(&p.verbose, "v", false, "say on standard error what is measured")
-	cellNames := flags.String("cells", "all", "comma-separated beginnings of cells: "+strings.Join(names(allCells()), " "))
+	cellNames := flags.String("cells", "all", "comma-separated beginnings of cells: "+strings.Join(names(namedCells()), " "))
 	peerNames := flags.String("peers", "all", "comma-separated, of: "+strings.Join(names(allPeers()), " "))
 	sizes := flags.String("sizes", "1024", "comma-separated sizes of the payload in bytes")
 	if err := flags.Parse(args); err != nil {
@@ -79,7 +79,10 @@ func parseFlags(args []string) (plan, error) {
 		p.sizes = append(p.sizes, n)
 	}
 	var err error
-	p.cells, err = choose("-cells", *cellNames, allCells(), strings.HasPrefix)
+	p.cells = allCells()
+	if *cellNames != "all" {
+		p.cells, err = choose("-cells", *cellNames, namedCells(), strings.HasPrefix)
+	}
 	if err != nil {
 		return p, err
 	}

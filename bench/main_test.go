@@ -39,7 +39,7 @@ func TestEveryCell(t *testing.T) {
 				t.Fatal(err)
 			}
 			w := worker{peer: p, url: srv.URL, js: js}
-			for _, c := range allCells() {
+			for _, c := range append(allCells(), memoryCells()[0]) {
 				if slices.Contains(p.lacks, c.kind) {
 					continue
 				}

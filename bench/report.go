@@ -19,6 +19,9 @@ func report(out io.Writer, p plan, results []result, took time.Duration) error {
 	t := table{p, results}
 	t.write(&b, "Messages a second; for latency p50 / p99 in milliseconds, where less is better", t.speed)
 	t.write(&b, "Allocations and client CPU in µs, for one message", t.cost)
+	if slices.ContainsFunc(results, func(r result) bool { return r.Heap > 0 }) {
+		t.write(&b, "Heap in use beyond what was before it began, in MiB, the median of many looks", t.heap)
+	}
 	t.troubles(&b)
 	_, err := io.WriteString(out, b.String())
 	return err
@@ -80,6 +83,10 @@ func (t table) cost(of, _ []result) string {
 	allocs := median(of, func(r result) float64 { return r.Allocs })
 	cpu := median(of, func(r result) float64 { return float64(r.CPU) / float64(time.Microsecond) })
 	return fmt.Sprintf("%.1f, %.1f", allocs, cpu)
+}
+
+func (t table) heap(of, _ []result) string {
+	return fmt.Sprintf("%.1f", median(of, func(r result) float64 { return r.Heap / (1 << 20) }))
 }
 
 // troubles lists what should not have happened.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/metrics"
 	"runtime/pprof"
 	"slices"
 	"syscall"
@@ -61,11 +62,12 @@ type worker struct {
 func (w worker) do(ctx context.Context, j job) (_ result, err error) {
 	ctx, cancel := context.WithTimeout(ctx, jobTimeout*3/4)
 	defer cancel()
-	i := slices.IndexFunc(allCells(), func(c cell) bool { return c.String() == j.Cell })
+	cells := namedCells()
+	i := slices.IndexFunc(cells, func(c cell) bool { return c.String() == j.Cell })
 	if i < 0 {
 		return result{}, fmt.Errorf("there is no cell %q", j.Cell)
 	}
-	c := allCells()[i]
+	c := cells[i]
 	stream, err := createStream(ctx, w.js)
 	if err != nil {
 		return result{}, err
@@ -95,6 +97,7 @@ type meter struct {
 	mallocs uint64
 	cpu     time.Duration
 	began   time.Time
+	heap    *heapWatch // nil: nobody asks
 }
 
 func startMeter(j job) (*meter, error) {
@@ -136,7 +139,49 @@ func (m *meter) stop(n int64) (result, error) {
 		Rate:     float64(n) / elapsed.Seconds(),
 		Allocs:   float64(stats.Mallocs-m.mallocs) / float64(n),
 		CPU:      cpu / time.Duration(n),
+		Heap:     m.heap.stop(),
 	}, err
+}
+
+// watchHeap has the meter find out how much of the heap is in use while the handlers work. It collects garbage all the
+// time: what is not yet collected tells more of the collector than of the peer.
+func (m *meter) watchHeap() {
+	w := &heapWatch{over: make(chan struct{}), median: make(chan float64)}
+	began := heapBytes()
+	go func() {
+		var seen []float64
+		for {
+			seen = append(seen, heapBytes())
+			select {
+			case <-w.over:
+				w.median <- middle(seen) - began
+				return
+			default:
+			}
+		}
+	}()
+	m.heap = w
+}
+
+type heapWatch struct {
+	over   chan struct{}
+	median chan float64
+}
+
+func (w *heapWatch) stop() float64 {
+	if w == nil {
+		return 0
+	}
+	close(w.over)
+	return <-w.median
+}
+
+// heapBytes is what objects take of the heap that somebody still needs.
+func heapBytes() float64 {
+	runtime.GC()
+	sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	metrics.Read(sample)
+	return float64(sample[0].Value.Uint64())
 }
 
 // cpuTime is the time that this process has spent, in its own code and in the kernel.
