@@ -69,7 +69,7 @@ type Config struct {
 	// DrainTimeout is how long Run waits for handlers at its end before it cancels their contexts. Default 30 s.
 	DrainTimeout time.Duration
 
-	// Middleware wraps every handler; the first is the outermost.
+	// Middleware wraps every handler; the first is the outermost. [postrider.Stack] makes the usual one.
 	Middleware []postrider.Middleware
 
 	// Logger takes what an operator must know. Nil is silent.

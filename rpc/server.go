@@ -42,7 +42,7 @@ type ServerConfig struct {
 	// Negative: as long as they take. Default 30 s.
 	DrainTimeout time.Duration
 
-	// Middleware wraps all handlers, the first given is the outermost.
+	// Middleware wraps all handlers, the first given is the outermost. [postrider.Stack] makes the usual one.
 	Middleware []postrider.Middleware
 
 	// Logger is told of handlers that fail as Internal and of replies that cannot be sent. Default: silent.
