@@ -2,6 +2,7 @@ package bus_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"sync"
 	"testing"
@@ -13,7 +14,16 @@ import (
 	"github.com/postrider/postrider/postridertest"
 )
 
-func TestMain(m *testing.M) { os.Exit(postridertest.Main(m)) }
+func TestMain(m *testing.M) {
+	if sync, ok := os.LookupEnv(serverEnv); ok {
+		if err := beServer(sync); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(postridertest.Main(m))
+}
 
 // note is what most tests publish.
 type note struct {
