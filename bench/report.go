@@ -17,10 +17,13 @@ func report(out io.Writer, p plan, results []result, took time.Duration) error {
 		"rounds of the ratio to %s in the same round.\n",
 		p.rounds, p.seconds, p.sync, runtime.GOMAXPROCS(0), runtime.Version(), took.Round(time.Second), p.peers[0].title)
 	t := table{p, results}
-	t.write(&b, "Messages a second; for latency p50 / p99 in milliseconds, where less is better", t.speed)
-	t.write(&b, "Allocations and client CPU in µs, for one message", t.cost)
+	t.write(&b, "Messages a second; for latency p50 / p99 in milliseconds, where less is better", t.speed, p.peers[0], p.peers)
+	if i := slices.IndexFunc(p.peers, func(p peer) bool { return p.name == "cqrs" }); i > 0 {
+		t.write(&b, "The same as ratios to "+p.peers[i].title, t.relative, p.peers[i], p.peers[:i])
+	}
+	t.write(&b, "Allocations and client CPU in µs, for one message", t.cost, p.peers[0], p.peers)
 	if slices.ContainsFunc(results, func(r result) bool { return r.Heap > 0 }) {
-		t.write(&b, "Heap in use beyond what was before it began, in MiB, the median of many looks", t.heap)
+		t.write(&b, "Heap in use beyond what was before it began, in MiB, the median of many looks", t.heap, p.peers[0], p.peers)
 	}
 	t.troubles(&b)
 	_, err := io.WriteString(out, b.String())
@@ -32,17 +35,18 @@ type table struct {
 	results []result
 }
 
-func (t table) write(b *strings.Builder, title string, text func(of, base []result) string) {
+// write writes a table with a column for each peer; text compares what it did in a cell with what another one did.
+func (t table) write(b *strings.Builder, title string, text func(of, base []result) string, against peer, peers []peer) {
 	fmt.Fprintf(b, "\n%s:\n\n| cell | bytes |", title)
-	for _, p := range t.plan.peers {
+	for _, p := range peers {
 		fmt.Fprintf(b, " %s |", p.title)
 	}
-	b.WriteString("\n|---|---:|" + strings.Repeat("---:|", len(t.plan.peers)) + "\n")
+	b.WriteString("\n|---|---:|" + strings.Repeat("---:|", len(peers)) + "\n")
 	for _, c := range t.plan.cells {
 		for _, size := range t.plan.sizes {
 			fmt.Fprintf(b, "| %s | %d |", c, size)
-			base := t.of(t.plan.peers[0], c, size)
-			for _, p := range t.plan.peers {
+			base := t.of(against, c, size)
+			for _, p := range peers {
 				cell := "–"
 				if of := t.of(p, c, size); len(of) > 0 {
 					cell = text(of, base)
@@ -66,23 +70,42 @@ func (t table) of(p peer, c cell, size int) []result {
 }
 
 func (t table) speed(of, base []result) string {
-	metric, text := func(r result) float64 { return r.Rate }, rate
+	cell := rate(median(of, speedOf(of)))
 	if of[0].P50 > 0 {
-		metric = func(r result) float64 { return r.P50.Seconds() * 1000 }
 		p99 := median(of, func(r result) float64 { return r.P99.Seconds() * 1000 })
-		text = func(p50 float64) string { return fmt.Sprintf("%.2f / %.2f", p50, p99) }
+		cell = fmt.Sprintf("%.2f / %.2f", median(of, speedOf(of)), p99)
 	}
-	cell := text(median(of, metric))
+	return t.compared(cell, of, base, speedOf(of))
+}
+
+// compared puts the ratio behind what is not compared with itself.
+func (t table) compared(cell string, of, base []result, metric func(result) float64) string {
 	if ratio, ok := ratio(of, base, metric); ok && of[0].Peer != t.plan.peers[0].name {
 		cell += fmt.Sprintf(" (%.2f)", ratio)
 	}
 	return cell
 }
 
-func (t table) cost(of, _ []result) string {
+// relative is the ratio alone.
+func (table) relative(of, base []result) string {
+	if ratio, ok := ratio(of, base, speedOf(of)); ok {
+		return fmt.Sprintf("%.2f", ratio)
+	}
+	return "–"
+}
+
+// speedOf returns what is compared of results: the rate, or for latency the median in milliseconds.
+func speedOf(of []result) func(result) float64 {
+	if of[0].P50 > 0 {
+		return func(r result) float64 { return r.P50.Seconds() * 1000 }
+	}
+	return func(r result) float64 { return r.Rate }
+}
+
+func (t table) cost(of, base []result) string {
 	allocs := median(of, func(r result) float64 { return r.Allocs })
-	cpu := median(of, func(r result) float64 { return float64(r.CPU) / float64(time.Microsecond) })
-	return fmt.Sprintf("%.1f, %.1f", allocs, cpu)
+	cpu := func(r result) float64 { return float64(r.CPU) / float64(time.Microsecond) }
+	return t.compared(fmt.Sprintf("%.1f, %.1f", allocs, median(of, cpu)), of, base, cpu)
 }
 
 func (t table) heap(of, _ []result) string {
