@@ -84,7 +84,7 @@ func TestTally(t *testing.T) {
 
 func TestReport(t *testing.T) {
 	t.Parallel()
-	p, err := parseFlags([]string{"-cells", "publish-1,latency", "-peers", "plain,postrider"})
+	p, err := parseFlags([]string{"-cells", "publish-1,latency", "-peers", "plain,postrider,cqrs"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,6 +95,7 @@ func TestReport(t *testing.T) {
 		one("plain", "publish-1", 0, 1000), one("postrider", "publish-1", 0, 2000), // 2
 		one("plain", "publish-1", 1, 3000), one("postrider", "publish-1", 1, 9000), // 3
 		one("plain", "publish-1", 2, 4000), one("postrider", "publish-1", 2, 4000), // 1
+		one("cqrs", "publish-1", 0, 500), // a quarter
 		{Peer: "postrider", Cell: "latency", Size: 1024, Err: "it broke"},
 	}
 	rs[1].Lost = 4
@@ -103,9 +104,10 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"| publish-1 | 1024 | 3.0 k | 4.0 k (2.00) |",
-		"| publish-1 | 1024 | 20.0, 3.5 | 20.0, 3.5 |",
-		"| latency | 1024 | – | – |",
+		"| publish-1 | 1024 | 3.0 k | 4.0 k (2.00) | 500 (0.50) |",
+		"| publish-1 | 1024 | 2.00 | 4.00 |",
+		"| publish-1 | 1024 | 20.0, 3.5 | 20.0, 3.5 (1.00) | 20.0, 3.5 (1.00) |",
+		"| latency | 1024 | – | – | – |",
 		"- postrider, publish-1, 1024 bytes, round 1: 4 of 10 lost",
 		"- postrider, latency, 1024 bytes, round 1: it broke",
 	} {
