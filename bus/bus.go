@@ -106,6 +106,9 @@ func (c Config) validate() error {
 		if len(s.Topics) == 0 {
 			return bad(fmt.Sprintf("Streams[%d].Topics", i), "is empty: name what stream %s takes", s.Name)
 		}
+		if s.Partitions < 0 || s.Partitions > maxPartitions {
+			return bad(fmt.Sprintf("Streams[%d].Partitions", i), "is %d: want 1 to %d, or 0 for none", s.Partitions, maxPartitions)
+		}
 	}
 	for i, m := range c.Monitors {
 		if u, err := url.Parse(m); err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
@@ -117,6 +120,9 @@ func (c Config) validate() error {
 	}
 	if len(c.DeadLetters.Topics) > 0 {
 		return bad("DeadLetters.Topics", "is %v: the bus sets it", c.DeadLetters.Topics)
+	}
+	if c.DeadLetters.Partitions != 0 {
+		return bad("DeadLetters.Partitions", "is %d: dead letters have no order", c.DeadLetters.Partitions)
 	}
 	if c.PublishTimeout < 0 || c.DrainTimeout < 0 {
 		return bad("PublishTimeout and DrainTimeout", "must not be negative")
@@ -276,7 +282,9 @@ func (b *Bus) subject(topic string) string {
 	return b.cfg.Prefix + "." + topic
 }
 
+// topic is the opposite of subject, for the subject that a message came from, which may be that of a partition.
 func (b *Bus) topic(subject string) string {
+	subject = withoutPartition(subject)
 	if b.cfg.Prefix == "" {
 		return subject
 	}

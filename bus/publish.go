@@ -106,6 +106,9 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 		return nil, postrider.Errorf(postrider.InvalidArgument,
 			"bus: publish %s: %q is no address: want tokens without spaces and wildcards, joined by dots", m.ID, topic)
 	}
+	if err := checkPartitions(topic); err != nil {
+		return nil, postrider.Errorf(postrider.InvalidArgument, "bus: publish %s: %w", m.ID, err)
+	}
 	e := &entry{msg: b.encode(m, b.subject(topic)), key: m.Key()}
 	if err := b.postpone(m, e); err != nil {
 		return nil, err

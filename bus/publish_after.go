@@ -11,7 +11,8 @@ import (
 )
 
 // PublishAfter publishes a message only if the last one at its address has a given sequence in the stream, 0 for none: of
-// several writers that have read the same, one succeeds. It returns the sequence of the new message. The loser's error is
+// several writers that have read the same, one succeeds. In a stream with partitions it is the last one of the partition
+// that the message's key belongs to. PublishAfter returns the sequence of the new message. The loser's error is
 // Aborted: read again. Unlike Publish it makes one attempt; after DeadlineExceeded or Unavailable the message may have been
 // stored, and only reading tells.
 func (b *Bus) PublishAfter(ctx context.Context, last uint64, m *postrider.Message) (uint64, error) {
@@ -26,6 +27,9 @@ func (b *Bus) PublishAfter(ctx context.Context, last uint64, m *postrider.Messag
 			"bus: publish %s: a message that is delivered later cannot expect a sequence", m.ID)
 	}
 	if err := b.declare(ctx); err != nil {
+		return 0, err
+	}
+	if _, err := b.pub.laneOf(ctx, e); err != nil {
 		return 0, err
 	}
 	seq, err := b.publishOnly(ctx, e.msg, jetstream.WithExpectLastSequencePerSubject(last))

@@ -1,7 +1,6 @@
 package bus
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -98,8 +98,9 @@ func newPublisher(nc *nats.Conn, js jetstream.JetStream) *publisher {
 
 // lane is the queue of one stream.
 type lane struct {
-	pub    *publisher
-	atomic bool
+	pub        *publisher
+	atomic     bool
+	partitions atomic.Int32 // of the stream
 
 	// Moving averages, for who is at work on the queue.
 	batchTime  time.Duration // of a batch, whatever its size: most of it is the staging
@@ -349,7 +350,7 @@ func (l *lane) single(group []*entry) (passing error) {
 // finish gives an entry its result. A stream that does not answer may have gone: it is looked up again next time.
 func (l *lane) finish(e *entry, err error) {
 	if errors.Is(err, nats.ErrNoResponders) {
-		l.pub.forget(cmp.Or(e.via, e.msg.Subject))
+		l.pub.forget(e.wanted())
 	}
 	e.finish(err)
 }
@@ -400,14 +401,19 @@ func (p *publisher) transmit(msg *nats.Msg, ack *pendingAck) {
 	}
 }
 
-// laneOf finds the lane of an entry. One that is scheduled must have a stream to go to in the end.
+// laneOf finds the lane of an entry, and the partition if the stream has any. An entry that is scheduled must have a
+// stream to go to in the end.
 func (p *publisher) laneOf(ctx context.Context, e *entry) (*lane, error) {
 	if e.to != "" {
 		if _, err := p.lane(ctx, e.to); err != nil {
 			return nil, err
 		}
 	}
-	return p.lane(ctx, cmp.Or(e.via, e.msg.Subject))
+	l, err := p.lane(ctx, e.wanted())
+	if err == nil {
+		e.divide(int(l.partitions.Load()))
+	}
+	return l, err
 }
 
 // lane finds the stream that takes a subject.
@@ -457,6 +463,7 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 			batchTime: firstBatchTime, singleTime: firstSingleTime,
 		}
 	}
+	p.lanes[name].partitions.Store(int32(partitions(cfg)))
 	if len(p.known) >= maxKnownSubjects {
 		clear(p.known)
 	}

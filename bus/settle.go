@@ -26,6 +26,10 @@ func (s *subscription) handle(ctx context.Context, msg *nats.Msg) bool {
 		s.log.Error("a message without JetStream metadata was dropped: no stream sent it", "subject", msg.Subject, "error", err)
 		return true
 	}
+	if !s.takes(msg.Subject) {
+		s.answer(msg, nil)
+		return true
+	}
 	delivery := postrider.Delivery{
 		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream,
 		Stored: meta.Timestamp, Group: s.cfg.group,

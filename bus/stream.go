@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -35,6 +37,13 @@ type Stream struct {
 
 	// DuplicateWindow is how long the server recognises a message id. Default 2 min.
 	DuplicateWindow time.Duration
+
+	// Partitions is into how many parts messages are divided by their partition key, 1 to 64, so that the instances of a
+	// group can share the keys of an [Ordered] subscription: at most so many work at a time. Each part is a consumer on the
+	// server for each such subscription; 16 suit most. The number stays with the stream, where publishers read it: it can
+	// be changed only while the stream has neither messages nor consumers, and its publishers rest. Zero: as the stream is,
+	// none for a new one.
+	Partitions int
 }
 
 // minAPILevel is JetStream's API level of nats-server 2.14, which brought what the bus needs.
@@ -90,6 +99,7 @@ func (b *Bus) declareConfig(ctx context.Context, want jetstream.StreamConfig) er
 	op := "bus: declare stream " + want.Name
 	info, err := b.js.Stream(ctx, want.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		_ = repartition(nil, &want)
 		_, err = b.js.CreateStream(ctx, want)
 		if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
 			return fromNATS(op, err)
@@ -103,6 +113,9 @@ func (b *Bus) declareConfig(ctx context.Context, want jetstream.StreamConfig) er
 	if have.PersistMode == jetstream.AsyncPersistMode {
 		return postrider.Errorf(postrider.FailedPrecondition, "%s: it has persist_mode async and acknowledges messages before it "+
 			"writes them, which cannot be changed: make the stream anew with persist_mode default", op)
+	}
+	if err := repartition(info.CachedInfo(), &want); err != nil {
+		return fmt.Errorf("%s: %w", op, err)
 	}
 	merged, changes := merge(have, want)
 	if len(changes) == 0 {
@@ -132,6 +145,9 @@ func (b *Bus) streamConfig(s Stream) jetstream.StreamConfig {
 	if cfg.MaxAge > 0 {
 		cfg.Duplicates = min(cfg.Duplicates, cfg.MaxAge)
 	}
+	if s.Partitions > 0 {
+		cfg.Metadata = map[string]string{metadataPartition: strconv.Itoa(s.Partitions)}
+	}
 	for _, t := range s.Topics {
 		cfg.Subjects = append(cfg.Subjects, b.subject(t))
 	}
@@ -148,6 +164,12 @@ func merge(have, want jetstream.StreamConfig) (jetstream.StreamConfig, []string)
 			merged.Subjects = append(slices.Clone(merged.Subjects), s)
 			changes = append(changes, fmt.Sprintf("topics: %v -> with %s", have.Subjects, s))
 		}
+	}
+	if is, n := partitions(have), partitions(want); n != is {
+		merged.Metadata = map[string]string{}
+		maps.Copy(merged.Metadata, have.Metadata)
+		maps.Copy(merged.Metadata, want.Metadata)
+		changes = append(changes, fmt.Sprintf("partitions: %d -> %d", is, n))
 	}
 	apply(&merged.Storage, want.Storage, "storage", &changes)
 	apply(&merged.Retention, want.Retention, "retention", &changes)

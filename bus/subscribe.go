@@ -121,6 +121,8 @@ func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (sub
 	switch {
 	case h.Topic() == "":
 		return bad("the Handler is the zero value: make it with Topic.Handler or Method.Handler")
+	case checkPartitions(h.Topic()) != nil:
+		return bad("%w", checkPartitions(h.Topic()))
 	case !isToken(c.group):
 		return bad("group %q: want letters, digits, - and _: set Config.Group or the option Group", c.group)
 	case c.concurrency < 1 || c.concurrency > 10_000:
@@ -186,7 +188,7 @@ const maxAckPending = 20_000
 // bind finds the stream of the topic and makes the durable consumer exist. It is repeated when the consumer is lost.
 func (s *subscription) bind(ctx context.Context) error {
 	b, op := s.bus, "bus: subscribe "+s.handler.Name()
-	stream, err := b.js.StreamNameBySubject(ctx, s.subject)
+	name, err := b.js.StreamNameBySubject(ctx, s.subject)
 	if err != nil {
 		if e := fromNATS(op, err); postrider.CodeOf(e) != postrider.NotFound {
 			return e
@@ -195,6 +197,10 @@ func (s *subscription) bind(ctx context.Context) error {
 			Code: postrider.FailedPrecondition, Op: op, Err: err,
 			Msg: "no stream takes " + s.subject + ": declare one in bus.Config.Streams",
 		}
+	}
+	stream, err := b.js.Stream(ctx, name)
+	if err != nil {
+		return fromNATS(op, err)
 	}
 	cfg := jetstream.ConsumerConfig{
 		Durable:       s.durable,
@@ -205,6 +211,9 @@ func (s *subscription) bind(ctx context.Context) error {
 		MaxDeliver:    -1, // attempts are counted here: the server would drop the message
 		MaxAckPending: maxAckPending,
 		MaxWaiting:    512,
+	}
+	if partitions(stream.CachedInfo().Config) > 0 {
+		cfg.FilterSubject, cfg.FilterSubjects = "", bothForms(s.subject)
 	}
 	if s.cfg.ordered {
 		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{ownerGroup}, ownerTTL
@@ -226,16 +235,16 @@ func (s *subscription) bind(ctx context.Context) error {
 		}
 		s.mu.Unlock()
 	}
-	if have, err := b.js.Consumer(ctx, stream, s.durable); err == nil {
+	if have, err := stream.Consumer(ctx, s.durable); err == nil {
 		began := have.CachedInfo().Config // that cannot be changed, nor needs to be
 		cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = began.DeliverPolicy, began.OptStartSeq, began.OptStartTime
 	} else {
-		s.log.Info("new group", "stream", stream, "durable", s.durable, "from", s.cfg.from.String())
+		s.log.Info("new group", "stream", name, "durable", s.durable, "from", s.cfg.from.String())
 	}
-	if _, err := b.js.CreateOrUpdateConsumer(ctx, stream, cfg); err != nil {
-		return fromNATS(op+": consumer "+s.durable+" of stream "+stream, err)
+	if _, err := stream.CreateOrUpdateConsumer(ctx, cfg); err != nil {
+		return fromNATS(op+": consumer "+s.durable+" of stream "+name, err)
 	}
-	s.stream = stream
+	s.stream = name
 	return nil
 }
 
