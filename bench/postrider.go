@@ -13,17 +13,17 @@ import (
 type rider struct {
 	connections
 	site
-	compact bool
-	topic   *postrider.Topic[value]
-	bus     *bus.Bus
+	mode  bus.Mode
+	topic *postrider.Topic[value]
+	bus   *bus.Bus
 }
 
-func openPostrider(_ context.Context, s site) (session, error) { return openRider(s, false) }
+func openPostrider(_ context.Context, s site) (session, error) { return openRider(s, bus.Binary) }
 
 // openCompact has the whole event in the payload, in the CloudEvents protobuf format.
-func openCompact(_ context.Context, s site) (session, error) { return openRider(s, true) }
+func openCompact(_ context.Context, s site) (session, error) { return openRider(s, bus.Compact) }
 
-func openRider(s site, compact bool) (session, error) {
+func openRider(s site, mode bus.Mode) (session, error) {
 	c, err := connect(s.url)
 	if err != nil {
 		return nil, err
@@ -32,14 +32,14 @@ func openRider(s site, compact bool) (session, error) {
 	if s.keyed {
 		opts = append(opts, postrider.KeyBy(func(v *value) string { return strconv.FormatUint(key(v), 10) }))
 	}
-	r := &rider{connections: c, site: s, compact: compact, topic: postrider.NewTopic[value](subject, opts...)}
+	r := &rider{connections: c, site: s, mode: mode, topic: postrider.NewTopic[value](subject, opts...)}
 	r.bus, err = bus.New(c.pub, r.config())
 	return r, err
 }
 
 func (r *rider) config() bus.Config {
 	return bus.Config{
-		Source: source, Group: group, Compact: r.compact,
+		Source: source, Group: group, Mode: r.mode,
 		Streams: []bus.Stream{{Name: streamName, Topics: []string{subject}}},
 	}
 }

@@ -18,7 +18,6 @@ import (
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/backoff"
-	"github.com/postrider/postrider/internal/envelope"
 )
 
 // Config configures a [Bus]. Only Source is required.
@@ -43,10 +42,8 @@ type Config struct {
 	// staging.orders.placed.v1. Default none.
 	Prefix string
 
-	// Compact publishes in structured mode: the whole event in the payload, in the CloudEvents protobuf format, beside one
-	// header for the content type. Headers cost client and server more than the payload of a small event. Readers take both
-	// modes, always; readers in other languages need the CloudEvents protobuf format, and nats sub shows the data less well.
-	Compact bool
+	// Mode is how events are written. Readers take all modes, always. Default [Binary].
+	Mode Mode
 
 	// AllowDuplicates publishes without Nats-Msg-Id: the server does not look for duplicates, which costs it as much as all
 	// other headers together, and memory for each id. Publish then tries again only what provably was not stored; a message
@@ -99,6 +96,9 @@ func (c Config) validate() error {
 	if c.Group != "" && !isToken(c.Group) {
 		return bad("Group", "is %q: want letters, digits, - and _", c.Group)
 	}
+	if c.Mode < Binary || c.Mode > JSON {
+		return bad("Mode", "is %d: want Binary, Compact or JSON", c.Mode)
+	}
 	for i, s := range c.Streams {
 		if !isToken(s.Name) {
 			return bad(fmt.Sprintf("Streams[%d].Name", i), "is %q: want letters, digits, - and _", s.Name)
@@ -146,8 +146,7 @@ type Bus struct {
 	log *slog.Logger
 	pub *publisher
 
-	compactType []string // header value of compact mode
-	proof       *proof
+	proof *proof
 
 	declaring   sync.Mutex
 	declared    atomic.Bool
@@ -186,7 +185,6 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 	}
 	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus"), started: make(chan struct{})}
 	b.pub = newPublisher(nc, js)
-	b.compactType = []string{envelope.ContentTypeProto}
 	b.proof = newProof(nc, cfg.Monitors)
 	if cfg.RequireDurable {
 		b.pub.admit = b.proof.admit

@@ -20,7 +20,7 @@ import (
 func TestCompactAndBinaryMeet(t *testing.T) {
 	t.Parallel()
 	nc := postridertest.NATS(t)
-	compact := newBus(t, nc, func(c *bus.Config) { c.Compact = true })
+	compact := newBus(t, nc, func(c *bus.Config) { c.Mode = bus.Compact })
 	binary := newBus(t, nc)
 	var mu sync.Mutex
 	got := map[string][]int{}
@@ -69,8 +69,8 @@ func TestCompactAndBinaryMeet(t *testing.T) {
 func TestAllowDuplicates(t *testing.T) {
 	t.Parallel()
 	nc := postridertest.NATS(t)
-	for _, compact := range []bool{false, true} {
-		b := newBus(t, nc, func(c *bus.Config) { c.AllowDuplicates, c.Compact = true, compact })
+	for i, mode := range []bus.Mode{bus.Binary, bus.Compact, bus.JSON} {
+		b := newBus(t, nc, func(c *bus.Config) { c.AllowDuplicates, c.Mode = true, mode })
 		msgs := make([]*postrider.Message, 20) // enough for an atomic batch
 		for i := range msgs {
 			m, err := noted.Message(t.Context(), &note{N: i})
@@ -79,10 +79,7 @@ func TestAllowDuplicates(t *testing.T) {
 			}
 			msgs[i] = m
 		}
-		before := 0
-		if compact {
-			before = 40
-		}
+		before := 40 * i
 		for range 2 {
 			if err := b.Publish(t.Context(), msgs...); err != nil {
 				t.Fatal(err)
@@ -176,7 +173,7 @@ func TestAllowDuplicatesWaitsForTheServer(t *testing.T) {
 func TestLargeCompactMessage(t *testing.T) {
 	t.Parallel()
 	nc := postridertest.NATS(t)
-	b := newBus(t, nc, func(c *bus.Config) { c.Compact = true })
+	b := newBus(t, nc, func(c *bus.Config) { c.Mode = bus.Compact })
 	err := noted.Publish(t.Context(), b, &note{Text: strings.Repeat("x", int(nc.MaxPayload()))})
 	if !errors.Is(err, postrider.ResourceExhausted) || !strings.Contains(err.Error(), "max_payload") {
 		t.Errorf("error is %v, want one that names max_payload", err)

@@ -13,11 +13,11 @@ import (
 
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	t.Run("Binary", func(t *testing.T) { conformance(t, false) })
-	t.Run("Compact", func(t *testing.T) { conformance(t, true) })
+	t.Run("Binary", func(t *testing.T) { conformance(t, bus.Binary) })
+	t.Run("Compact", func(t *testing.T) { conformance(t, bus.Compact) })
 }
 
-func conformance(t *testing.T, compact bool) {
+func conformance(t *testing.T, mode bus.Mode) {
 	t.Helper()
 	t.Parallel()
 	bustest.Suite{Start: func(t testing.TB) bustest.Broker {
@@ -27,7 +27,7 @@ func conformance(t *testing.T, compact bool) {
 		return bustest.Broker{
 			Open: func(cfg bus.Config) (bustest.Bus, error) {
 				nc := srv.Connect()
-				cfg.Compact = compact
+				cfg.Mode = mode
 				b, err := bus.New(nc, cfg)
 				conns[b] = nc
 				return b, err

@@ -137,7 +137,7 @@ func TestDecodeRefuses(t *testing.T) {
 // TestCompactIsReadBySDK has the CloudEvents Go SDK read what compact mode writes, and compact mode read what it writes.
 func TestCompactIsReadBySDK(t *testing.T) {
 	t.Parallel()
-	b := &Bus{cfg: Config{Compact: true}, compactType: []string{envelope.ContentTypeProto}}
+	b := &Bus{cfg: Config{Mode: Compact}}
 	m := &postrider.Message{
 		ID: "n 1", Source: "//test", Type: "t", Subject: "Größe", Time: time.Unix(1, 5).UTC(), ContentType: "text/plain", Data: []byte("x"),
 		Extensions: postrider.Extensions{{Name: "partitionkey", Value: "€"}},
@@ -171,7 +171,7 @@ func BenchmarkEnvelope(b *testing.B) {
 		Data: make([]byte, 1024), Extensions: postrider.Extensions{{Name: "partitionkey", Value: "customer-17"}},
 	}
 	for name, bus := range map[string]*Bus{
-		"binary": {}, "compact": {cfg: Config{Compact: true}, compactType: []string{envelope.ContentTypeProto}},
+		"binary": {}, "compact": {cfg: Config{Mode: Compact}}, "json": {cfg: Config{Mode: JSON}},
 	} {
 		b.Run("encode/"+name, func(b *testing.B) {
 			b.ReportAllocs()

@@ -22,8 +22,8 @@
 // refuses is sent again one by one, so that each caller has its own result. This is the group commit of databases
 // (DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984) with the client as the log's writer.
 //
-// What goes out is in binary mode, or, with [Config.Compact], in structured mode with the protobuf format, which is smaller
-// and cheaper; readers take these and every other form of docs/wire.md, several events in one message too.
+// What goes out is in binary mode, or as [Config.Mode] says in structured mode, in the protobuf format, which is smaller
+// and cheaper, or in JSON; readers take these and every other form of docs/wire.md, several events in one message too.
 //
 // [Bus.Durability] tells whether the servers are known to sync before they acknowledge. Run logs it, and
 // [Config.RequireDurable] insists on it.

@@ -6,7 +6,6 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/postrider/postrider"
-	"github.com/postrider/postrider/internal/envelope"
 )
 
 // FuzzDecode feeds the reader what a stream may hold: it must not panic, and what it takes for a valid event must come
@@ -31,7 +30,7 @@ func FuzzDecode(f *testing.F) {
 		if !isEvent || err != nil || m.Validate() != nil {
 			return
 		}
-		for _, b := range []*Bus{{}, {cfg: Config{Compact: true}, compactType: []string{envelope.ContentTypeProto}}} {
+		for _, b := range []*Bus{{}, {cfg: Config{Mode: Compact}}, {cfg: Config{Mode: JSON}}} {
 			again, _, err := decode(b.encode(m, "topic"), "topic")
 			if err != nil {
 				t.Fatalf("what was written cannot be read: %v", err)

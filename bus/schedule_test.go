@@ -121,7 +121,7 @@ func TestCancel(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(*bus.Config){
 		"binary":        func(*bus.Config) {},
-		"compact":       func(c *bus.Config) { c.Compact = true },
+		"compact":       func(c *bus.Config) { c.Mode = bus.Compact },
 		"no ids":        func(c *bus.Config) { c.AllowDuplicates = true },
 		"with a prefix": func(c *bus.Config) { c.Prefix = "staging.eu" },
 	} {

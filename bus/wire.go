@@ -53,8 +53,31 @@ func attributeHeader(name string) string {
 	}
 }
 
-// encode writes m for a subject as the bus is configured: in binary mode, attributes as ce- headers with percent-encoded
-// values and data as the payload, or in compact mode.
+// Mode is how a bus writes events: cloudevents/spec, nats-protocol-binding, section 3.
+type Mode int
+
+// Modes.
+const (
+	// Binary has the attributes in headers and the data as the payload.
+	Binary Mode = iota
+
+	// Compact is structured mode in the CloudEvents protobuf format: the whole event in the payload, beside one header for the
+	// content type. Headers cost client and server more than the payload of a small event. Readers in other languages need
+	// the protobuf format, and nats sub shows the data less well.
+	Compact
+
+	// JSON is structured mode in the CloudEvents JSON format, for readers that know no other. Data that is no JSON and no
+	// text is a third larger in it.
+	JSON
+)
+
+// Content types of the structured modes, as headers hold them. Nobody changes them.
+var (
+	typeCompact = []string{envelope.ContentTypeProto} //nolint:gochecknoglobals // a constant in all but syntax
+	typeJSON    = []string{envelope.ContentTypeJSON}  //nolint:gochecknoglobals // the same
+)
+
+// encode writes m for a subject, in the mode of the bus.
 func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
 	msg := &nats.Msg{Subject: subject}
 	var values []string // one backing array
@@ -62,11 +85,16 @@ func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
 		values = append(values, value)
 		msg.Header[key] = values[len(values)-1 : len(values) : len(values)]
 	}
-	if b.cfg.Compact {
+	switch b.cfg.Mode {
+	case Compact:
 		msg.Header = make(nats.Header, 2)
-		msg.Header[headerContentType] = b.compactType
+		msg.Header[headerContentType] = typeCompact
 		msg.Data = envelope.AppendProto(nil, m)
-	} else {
+	case JSON:
+		msg.Header = make(nats.Header, 2)
+		msg.Header[headerContentType] = typeJSON
+		msg.Data = envelope.AppendJSON(nil, m)
+	default:
 		// The map and the values get the size that they need: one more than eight doubles what a map costs.
 		n := 6 + len(m.Extensions) // four that are required, a content type or none, the message id or none
 		for _, set := range [...]bool{m.DataSchema != "", m.Subject != "", !m.Time.IsZero()} {

@@ -85,7 +85,14 @@ func TestWireDocumentCompact(t *testing.T) {
 		data = append(data, b...)
 	}
 	nc := postridertest.NATS(t)
-	checkDocumented(t, newBus(t, nc, func(c *bus.Config) { c.Compact = true }), nc, headers, data)
+	checkDocumented(t, newBus(t, nc, func(c *bus.Config) { c.Mode = bus.Compact }), nc, headers, data)
+}
+
+func TestWireDocumentJSON(t *testing.T) {
+	t.Parallel()
+	headers, data, _ := strings.Cut(wiredoc.Text(t, "text json"), "\n\n")
+	nc := postridertest.NATS(t)
+	checkDocumented(t, newBus(t, nc, func(c *bus.Config) { c.Mode = bus.JSON }), nc, headers, []byte(data))
 }
 
 func TestWireDocumentDelayed(t *testing.T) {
