@@ -96,21 +96,6 @@ func retryAfterIsKept(e *env) {
 	}
 }
 
-func delayedMessageComesInItsTime(e *env) {
-	const delay = 300 * time.Millisecond
-	b := e.open()
-	var j journal
-	e.must(b.Subscribe(j.handler()))
-	e.run(b)
-	published := time.Now()
-	e.must(written.Publish(e.Context(), b, &note{N: 1}, postrider.Delay(delay)))
-	e.publish(b, &note{N: 0})
-	j.once(e, 2)
-	if got := j.all(); got[0].N != 0 || got[1].at.Sub(published) < delay {
-		e.Errorf("handled note %d first, and note %d after %v: want the delayed one after %v", got[0].N, got[1].N, got[1].at.Sub(published), delay)
-	}
-}
-
 func expiredMessageIsADeadLetter(e *env) {
 	b := e.open()
 	var begun, j journal

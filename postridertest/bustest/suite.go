@@ -22,6 +22,22 @@ type Bus interface {
 
 	Subscribe(h postrider.Handler, opts ...bus.SubscribeOption) error
 	Started() <-chan struct{}
+	Cancel(ctx context.Context, id string) (bool, error)
+	Schedule(ctx context.Context, s bus.Schedule) error
+	Unschedule(ctx context.Context, name string) (bool, error)
+	PublishAfter(ctx context.Context, last uint64, m *postrider.Message) (uint64, error)
+	Pause(ctx context.Context, group, topic string, until time.Time) error
+	Resume(ctx context.Context, group, topic string) error
+}
+
+// DeadLetters is what the suite asks of the dead letters of a [Bus]: bus.DeadLetters.
+type DeadLetters interface {
+	List(ctx context.Context, f bus.LetterFilter, after uint64, limit int) (letters []bus.DeadLetter, next uint64, err error)
+	Get(ctx context.Context, sequence uint64) (bus.DeadLetter, error)
+	Replay(ctx context.Context, sequences []uint64, a bus.Action) (int, error)
+	ReplayAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error)
+	Discard(ctx context.Context, sequences []uint64, a bus.Action) (int, error)
+	DiscardAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error)
 }
 
 // Broker is what the buses of one test share. Open and DeadLetters are required: a promise that asks for more than an implementation has is
@@ -30,8 +46,8 @@ type Broker struct {
 	// Open returns a bus with a connection of its own: another process.
 	Open func(cfg bus.Config) (Bus, error)
 
-	// DeadLetters returns the dead letters of a bus, 100 at most.
-	DeadLetters func(ctx context.Context, b Bus) ([]bus.DeadLetter, error)
+	// DeadLetters returns the dead letters of a bus.
+	DeadLetters func(b Bus) DeadLetters
 
 	// Crash lets the process of a bus die: its connection is gone, nothing that it holds is settled.
 	Crash func(b Bus)
@@ -76,9 +92,16 @@ var promises = []struct {
 	{"MultiplierGrows", multiplierGrows},
 	{"RetryAfterIsKept", retryAfterIsKept},
 	{"DelayedMessageComesInItsTime", delayedMessageComesInItsTime},
+	{"DelayedMessageTakesAnotherTime", delayedMessageTakesAnotherTime},
+	{"CancelledMessageNeverComes", cancelledMessageNeverComes},
+	{"ScheduleComesAgainAndAgain", scheduleComesAgainAndAgain},
+	{"PauseHoldsAndResumeDelivers", pauseHoldsAndResumeDelivers},
+	{"OneOfSeveralWritersWins", oneOfSeveralWritersWins},
 	{"ExpiredMessageIsADeadLetter", expiredMessageIsADeadLetter},
 	{"PoisonDoesNotHoldUpNeighbours", poisonDoesNotHoldUpNeighbours},
 	{"DeadLettersHaveCauseAndMessage", deadLettersHaveCauseAndMessage},
+	{"RedriveIsNotSwallowed", redriveIsNotSwallowed},
+	{"DeadLettersAreSelectedAndDiscarded", deadLettersAreSelectedAndDiscarded},
 	{"UndecodableMessageStopsNobody", undecodableMessageStopsNobody},
 	{"SlowHandlerDoesNotLoseItsBatch", slowHandlerDoesNotLoseItsBatch},
 	{"CloseInMidBatchLosesNothing", closeInMidBatchLosesNothing},
@@ -194,7 +217,7 @@ func (e *env) letters(b Bus, want int) []bus.DeadLetter {
 	e.Helper()
 	var letters []bus.DeadLetter
 	postridertest.Eventually(e.T, func() (err error) {
-		if letters, err = e.DeadLetters(e.Context(), b); err == nil && len(letters) != want {
+		if letters, _, err = e.DeadLetters(b).List(e.Context(), bus.LetterFilter{}, 0, 0); err == nil && len(letters) != want {
 			err = fmt.Errorf("%d dead letters, want %d", len(letters), want)
 		}
 		return err

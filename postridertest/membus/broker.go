@@ -29,8 +29,9 @@ type Broker struct {
 	changed chan struct{} // closed when something can be handed out that could not before
 	streams []*stream
 	groups  []*group
-	running int    // handlers that run
-	order   uint64 // of the last message queued
+	waiting []*waiting // in the order in which they were put off
+	running int        // handlers that run
+	order   uint64     // of the last message queued
 }
 
 // stream keeps what was published to its subjects.
@@ -39,6 +40,7 @@ type stream struct {
 	subjects []string
 	window   time.Duration
 	messages []*stored
+	last     uint64 // sequence of the last message that was stored
 	seen     map[messageID]time.Time
 }
 
@@ -50,11 +52,12 @@ type stored struct {
 	stream   string
 	sequence uint64
 	subject  string
-	at       time.Time       // when it was stored, or comes into the stream if it is delayed
+	at       time.Time       // when it was stored
 	expiry   time.Time       // zero: never
 	key      string          // partition key
 	event    []byte          // the CloudEvents protobuf format; nil: not a CloudEvent
 	raw      []byte          // the data of what is not a CloudEvent
+	redrives int             // how often it was re-driven
 	letter   *bus.DeadLetter // of a dead letter, all but its Message
 }
 
@@ -68,9 +71,11 @@ func (s *stored) message(topic string) (*postrider.Message, error) {
 	return m, envelope.ParseProto(slices.Clone(s.event), m)
 }
 
-// group is one durable consumer: the deliveries that nobody holds.
+// group is one consumer: the deliveries that nobody holds.
 type group struct {
 	name, subject string
+	broadcast     bool // the place of one instance only
+	paused        time.Time
 	queue         deliveries
 	lanes         map[string][]*delivery // of an ordered group, by key: its first is in queue or held, the others wait
 	members       []*subscription        // that run, in the order of their start
@@ -114,6 +119,7 @@ func (k *Broker) Inject(topic string, data []byte) error {
 	if s == nil {
 		return noStream("inject", topic)
 	}
+	k.fire()
 	k.append(s, &stored{subject: topic, raw: slices.Clone(data)})
 	return nil
 }
@@ -177,16 +183,24 @@ func overlap(a, b string) bool {
 
 // append stores a message and queues it for every group.
 func (k *Broker) append(s *stream, m *stored) {
-	m.stream, m.sequence = s.name, uint64(len(s.messages))+1
-	if now := time.Now(); m.at.Before(now) {
-		m.at = now
-	}
+	s.last++
+	m.stream, m.sequence, m.at = s.name, s.last, time.Now()
 	s.messages = append(s.messages, m)
 	for _, g := range k.groups {
 		if overlap(g.subject, m.subject) {
 			k.queue(g, m)
 		}
 	}
+}
+
+// appendOnce does so unless the stream has seen the message before, within its duplicate window.
+func (k *Broker) appendOnce(s *stream, m *stored, id messageID) bool {
+	if at, ok := s.seen[id]; ok && time.Since(at) < s.window {
+		return false
+	}
+	s.seen[id] = time.Now()
+	k.append(s, m)
+	return true
 }
 
 // queue has a group deliver a message that is new to it.
@@ -238,16 +252,11 @@ func (k *Broker) join(s *subscription) error {
 	if from == nil {
 		return noStream("subscribe "+s.handler.Name(), subject)
 	}
-	for _, g := range k.groups {
-		if !s.Broadcast && g.name == s.Group && g.subject == subject {
-			s.group = g
-		}
+	if !s.Broadcast {
+		s.group = k.groupOf(s.Group, subject)
 	}
 	if s.group == nil {
-		s.group = &group{name: s.Group, subject: subject}
-		if s.Broadcast {
-			s.group.name = "" // its own, that nobody else joins
-		}
+		s.group = &group{name: s.Group, subject: subject, broadcast: s.Broadcast}
 		if s.Ordered {
 			s.group.lanes = map[string][]*delivery{}
 		}
@@ -259,6 +268,16 @@ func (k *Broker) join(s *subscription) error {
 		}
 	}
 	s.group.members = append(s.group.members, s)
+	return nil
+}
+
+// groupOf returns the group that its instances share, or nil.
+func (k *Broker) groupOf(name, subject string) *group {
+	for _, g := range k.groups {
+		if g.name == name && g.subject == subject && !g.broadcast {
+			return g
+		}
+	}
 	return nil
 }
 
@@ -282,7 +301,11 @@ func (k *Broker) part(s *subscription) {
 func (k *Broker) take(ctx context.Context, s *subscription) *delivery {
 	for ctx.Err() == nil {
 		k.mu.Lock()
+		k.fire()
 		d, wait := k.next(s)
+		if until := k.untilNext(); d == nil && until > 0 && !s.bus.dead && (wait == 0 || until < wait) {
+			wait = until
+		}
 		if k.changed == nil {
 			k.changed = make(chan struct{})
 		}
@@ -310,13 +333,13 @@ func (k *Broker) next(s *subscription) (*delivery, time.Duration) {
 	switch {
 	case s.bus.dead || len(g.queue) == 0:
 		return nil, 0
-	case k.Deterministic && (k.running > 0 || k.first() != g):
+	case k.Deterministic && (k.running > 0 || k.first() != g && time.Until(g.paused) <= 0):
 		return nil, 0
 	case (k.Deterministic || s.Ordered) && g.members[0] != s: // one instance is active
 		return nil, 0
 	}
 	d := g.queue[0]
-	if wait := time.Until(d.due); wait > 0 {
+	if wait := max(time.Until(d.due), time.Until(g.paused)); wait > 0 {
 		return nil, wait
 	}
 	heap.Pop(&g.queue)
@@ -330,7 +353,7 @@ func (k *Broker) next(s *subscription) (*delivery, time.Duration) {
 func (k *Broker) first() *group {
 	var first *group
 	for _, g := range k.groups {
-		if len(g.members) > 0 && len(g.queue) > 0 && (first == nil || g.queue[0].before(first.queue[0])) {
+		if len(g.members) > 0 && len(g.queue) > 0 && time.Until(g.paused) <= 0 && (first == nil || g.queue[0].before(first.queue[0])) {
 			first = g
 		}
 	}

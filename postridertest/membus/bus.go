@@ -50,13 +50,10 @@ func (k *Broker) New(cfg bus.Config) (*Bus, error) {
 // FailedPrecondition (no stream takes the address), Unavailable after [Bus.Crash]. With several messages the error is a
 // *[postrider.BatchError].
 func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
-	if err := ctx.Err(); err != nil {
-		return &postrider.Error{Code: postrider.CodeOf(err), Op: "membus: publish", Unprocessed: true, Err: err}
-	}
 	k := b.broker
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if err := b.declare(); err != nil {
+	if err := b.enter(ctx, "publish"); err != nil {
 		return err
 	}
 	errs := make([]error, len(msgs))
@@ -75,12 +72,21 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	}
 }
 
-// declare makes the streams exist, once. The lock is held.
+// enter begins what a process asks of the broker. The lock is held, as for all that follows but the exported methods.
+func (b *Bus) enter(ctx context.Context, op string) error {
+	if err := ctx.Err(); err != nil {
+		return &postrider.Error{Code: postrider.CodeOf(err), Op: "membus: " + op, Unprocessed: true, Err: err}
+	}
+	if b.dead {
+		return &postrider.Error{Code: postrider.Unavailable, Op: "membus: " + op, Msg: "the process has crashed", Unprocessed: true}
+	}
+	b.broker.fire()
+	return b.declare()
+}
+
+// declare makes the streams exist, once.
 func (b *Bus) declare() error {
-	switch {
-	case b.dead:
-		return &postrider.Error{Code: postrider.Unavailable, Op: "membus: publish", Msg: "the process has crashed", Unprocessed: true}
-	case b.declared:
+	if b.declared {
 		return nil
 	}
 	for _, s := range b.cfg.Streams {
@@ -99,38 +105,52 @@ func (b *Bus) declare() error {
 	return nil
 }
 
-// store publishes one message. The lock is held.
+// store publishes one message.
 func (b *Bus) store(m *postrider.Message) error {
+	stored, s, err := b.prepare(m)
+	if err != nil {
+		return err
+	}
+	at, err := timeAttribute(m, postrider.ExtDeliverAt)
+	if err != nil {
+		return err
+	}
+	id := messageID{m.Source, m.ID}
+	switch {
+	case at.After(time.Now()):
+		return b.putOff(stored, id, at)
+	case b.cfg.AllowDuplicates:
+		b.broker.append(s, stored)
+	default:
+		b.broker.appendOnce(s, stored, id)
+	}
+	return nil
+}
+
+// prepare checks a message, encodes it and finds its stream.
+func (b *Bus) prepare(m *postrider.Message) (*stored, *stream, error) {
 	if m.Source == "" {
 		m.Source = b.cfg.Source
 	}
 	if err := m.Validate(); err != nil {
-		return err
+		return nil, nil, err
 	}
 	topic := m.Address()
 	if strings.ContainsAny(topic, " \t\r\n*>") || slices.Contains(strings.Split(topic, "."), "") {
-		return postrider.Errorf(postrider.InvalidArgument,
+		return nil, nil, postrider.Errorf(postrider.InvalidArgument,
 			"membus: publish %s: %q is no address: want tokens without spaces and wildcards, joined by dots", m.ID, topic)
 	}
 	subject := b.subject(topic)
 	s := b.broker.streamOf(subject)
 	if s == nil {
-		return noStream("publish "+m.ID, subject)
+		return nil, nil, noStream("publish "+m.ID, subject)
 	}
-	id := messageID{m.Source, m.ID}
-	if at, ok := s.seen[id]; ok && time.Since(at) < s.window && !b.cfg.AllowDuplicates {
-		return nil
+	expiry, err := timeAttribute(m, postrider.ExtExpiryTime)
+	if err != nil {
+		return nil, nil, err
 	}
-	stored := &stored{subject: subject, key: m.Key(), event: envelope.AppendProto([]byte{}, m)}
-	var err1, err2 error
-	stored.at, err1 = timeAttribute(m, postrider.ExtDeliverAt)
-	stored.expiry, err2 = timeAttribute(m, postrider.ExtExpiryTime)
-	if err := errors.Join(err1, err2, stored.expired("publish", m)); err != nil {
-		return err
-	}
-	s.seen[id] = time.Now()
-	b.broker.append(s, stored)
-	return nil
+	stored := &stored{subject: subject, key: m.Key(), expiry: expiry, event: envelope.AppendProto([]byte{}, m)}
+	return stored, s, stored.expired("publish", m)
 }
 
 func timeAttribute(m *postrider.Message, name string) (time.Time, error) {
@@ -209,7 +229,7 @@ func (b *Bus) start() error {
 		return postrider.Errorf(postrider.FailedPrecondition, "membus: Run was called twice")
 	}
 	b.ran = true
-	if err := b.declare(); err != nil {
+	if err := b.enter(context.Background(), "start"); err != nil {
 		return err
 	}
 	if len(b.subs) > 0 {
@@ -223,6 +243,65 @@ func (b *Bus) start() error {
 		}
 	}
 	close(b.started)
+	return nil
+}
+
+// PublishAfter publishes a message only if the last one at its address has a given sequence, as bus.Bus does.
+func (b *Bus) PublishAfter(ctx context.Context, last uint64, m *postrider.Message) (uint64, error) {
+	k := b.broker
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := b.enter(ctx, "publish"); err != nil {
+		return 0, err
+	}
+	stored, s, err := b.prepare(m)
+	if err != nil {
+		return 0, err
+	}
+	if at, err := timeAttribute(m, postrider.ExtDeliverAt); err != nil || at.After(time.Now()) {
+		return 0, postrider.Errorf(postrider.InvalidArgument,
+			"membus: publish %s: a message that is delivered later cannot expect a sequence", m.ID)
+	}
+	have := uint64(0)
+	for _, other := range s.messages {
+		if other.subject == stored.subject {
+			have = other.sequence
+		}
+	}
+	if have != last {
+		return 0, postrider.Errorf(postrider.Aborted, "membus: publish %s: the last sequence is %d, not %d", m.ID, have, last)
+	}
+	if !k.appendOnce(s, stored, messageID{m.Source, m.ID}) {
+		return have, nil
+	}
+	b.stats.Published++
+	return s.last, nil
+}
+
+// Pause stops the delivery of a topic to a group, in all its instances, until a time or [Bus.Resume], as bus.Bus does.
+func (b *Bus) Pause(ctx context.Context, group, topic string, until time.Time) error {
+	return b.pause(ctx, "pause ", group, topic, until)
+}
+
+// Resume ends a pause. It does nothing to a group that is not paused.
+func (b *Bus) Resume(ctx context.Context, group, topic string) error {
+	return b.pause(ctx, "resume ", group, topic, time.Time{})
+}
+
+func (b *Bus) pause(ctx context.Context, op, group, topic string, until time.Time) error {
+	op += topic + " of group " + group
+	k := b.broker
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := b.enter(ctx, op); err != nil {
+		return err
+	}
+	g := k.groupOf(group, b.subject(topic))
+	if g == nil {
+		return postrider.Errorf(postrider.NotFound, "membus: %s: the group has no such subscription", op)
+	}
+	g.paused = until
+	k.announce()
 	return nil
 }
 

@@ -2,10 +2,13 @@
 // clock of its own, so that retries and deadlines pass at once in a bubble of [testing/synctest].
 //
 // The guarantee: a [Bus] does what the suite of package bustest asks, which bus.Bus passes as well: groups, retries by
-// the policy, dead letters with their cause, replies to commands, drain.
+// the policy, delayed and recurring messages, pauses, dead letters with their cause and their re-drive, replies to commands,
+// drain. Its methods have the names and the parameters of bus.Bus, so that what a service asks for fits both:
 //
-//	type Subscriber interface { // what a service registers with: bus.Bus has it, and this one too
+//	type Bus interface { // what a service needs: bus.Bus has it, and this one too
+//		postrider.Publisher
 //		Subscribe(h postrider.Handler, opts ...bus.SubscribeOption) error
+//		Cancel(ctx context.Context, id string) (bool, error)
 //	}
 //
 //	func TestOrderIsConfirmed(t *testing.T) {

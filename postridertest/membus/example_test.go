@@ -55,7 +55,7 @@ func Example() {
 	if err := <-done; err != nil {
 		log.Fatal(err)
 	}
-	letters, err := b.DeadLetters(context.Background(), 0, 10)
+	letters, _, err := b.DeadLetters().List(context.Background(), bus.LetterFilter{}, 0, 0)
 	for _, l := range letters {
 		fmt.Println("dead letter of", l.Group+":", l.Cause)
 	}

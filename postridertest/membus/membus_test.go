@@ -23,12 +23,10 @@ func suite(bubble bool) bustest.Suite {
 	return bustest.Suite{Bubble: bubble, Start: func(testing.TB) bustest.Broker {
 		broker := new(membus.Broker)
 		return bustest.Broker{
-			Open: func(cfg bus.Config) (bustest.Bus, error) { return broker.New(cfg) },
-			DeadLetters: func(ctx context.Context, b bustest.Bus) ([]bus.DeadLetter, error) {
-				return b.(*membus.Bus).DeadLetters(ctx, 0, 100)
-			},
-			Crash:  func(b bustest.Bus) { b.(*membus.Bus).Crash() },
-			Inject: broker.Inject,
+			Open:        func(cfg bus.Config) (bustest.Bus, error) { return broker.New(cfg) },
+			DeadLetters: func(b bustest.Bus) bustest.DeadLetters { return b.(*membus.Bus).DeadLetters() },
+			Crash:       func(b bustest.Bus) { b.(*membus.Bus).Crash() },
+			Inject:      broker.Inject,
 		}
 	}}
 }
@@ -219,7 +217,7 @@ func TestPrefix(t *testing.T) {
 				t.Fatal(err)
 			}
 			synctest.Wait()
-			if letters, err := b.DeadLetters(t.Context(), 0, 10); err != nil || len(letters) != 1 || letters[0].Topic != "orders.placed.v1" {
+			if letters, _, err := b.DeadLetters().List(t.Context(), bus.LetterFilter{}, 0, 0); err != nil || len(letters) != 1 || letters[0].Topic != "orders.placed.v1" {
 				t.Errorf("dead letters of %s: %+v, %v", prefix, letters, err)
 			}
 		}
