@@ -65,6 +65,12 @@ type Delivery struct {
 	Sequence uint64    // sequence in Stream
 	Stored   time.Time // when the stream stored it
 	Group    string    // the group of the subscription
+
+	// Fence is the fencing token of an ordered subscription: it grows whenever another instance of the group, or the same
+	// one anew, takes over the keys that the message's is among. An instance that was stopped for a while, and does not know
+	// that it was replaced, has a smaller one than its successor. So an effect that keeps the largest Fence it has seen for
+	// its key, and refuses smaller ones, never takes an old instance's word after a new one's. Zero where there is no order.
+	Fence uint64
 }
 
 // Extension is one extension attribute in CloudEvents' canonical string form.

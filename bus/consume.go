@@ -49,6 +49,7 @@ type subscription struct {
 	// Of an ordered subscription only, see lanes.go.
 	lanes    *lanes
 	pin      string // tells the server that we own the consumer
+	fence    uint64 // the token of this ownership
 	takeOver bool   // deliveries are dropped until they begin anew
 	wasReset bool   // the consumer was told to begin anew
 	queue    chan *nats.Msg
@@ -102,7 +103,8 @@ func (s *subscription) run(ctx context.Context) error {
 					continue
 				}
 				s.slots <- struct{}{}
-				if began := time.Now(); s.mayBegin(msg) && s.handle(handlerCtx, msg) {
+				began := time.Now()
+				if fence, may := s.mayBegin(msg); may && s.handle(handlerCtx, msg, fence) {
 					s.settled(msg, time.Since(began))
 				}
 				<-s.slots
@@ -111,6 +113,9 @@ func (s *subscription) run(ctx context.Context) error {
 	}
 	stopHelpers := make(chan struct{})
 	helpers.Go(func() { s.heartbeat(stopHelpers) })
+	if s.lanes != nil {
+		helpers.Go(func() { s.keepOwnership(stopHelpers) })
+	}
 
 	s.pullLoop(ctx)
 	s.drain()
@@ -215,7 +220,7 @@ func (s *subscription) pull(ctx context.Context) error {
 		}
 	}
 	if s.lanes != nil {
-		if err := s.keepOwnership(ctx); err != nil {
+		if err := s.assumeOwnership(ctx); err != nil {
 			return err
 		}
 	}
@@ -239,7 +244,7 @@ func (s *subscription) pull(ctx context.Context) error {
 		room, pullExpiry.Nanoseconds(), pullHeartbeat.Nanoseconds())
 	if s.lanes != nil {
 		request = fmt.Appendf(request, `,"group":%q`, ownerGroup)
-		if s.pin != "" {
+		if s.pin != "" && !s.expired() {
 			request = fmt.Appendf(request, `,"id":%q`, s.pin)
 		}
 	}

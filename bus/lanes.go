@@ -124,7 +124,7 @@ const (
 func (s *subscription) owned(msg *nats.Msg) bool {
 	if pin := msg.Header.Get("Nats-Pin-Id"); pin != s.pin { // the consumer is ours, as of now
 		s.disown()
-		s.pin, s.takeOver = pin, true
+		s.pin, s.takeOver, s.lastPull = pin, true, time.Now() // if that is late, claim finds out
 		s.signal()
 		return false
 	}
@@ -139,64 +139,85 @@ func (s *subscription) owned(msg *nats.Msg) bool {
 
 // disown forgets all messages of an ownership that has ended. Handlers that run cannot be called back. The lock is held.
 func (s *subscription) disown() {
-	s.pin, s.takeOver, s.wasReset = "", false, false
+	s.pin, s.fence, s.takeOver, s.wasReset = "", 0, false, false
 	s.lanes.clear()
 	clear(s.held)
 	for {
 		select {
-		case <-s.queue:
+		case _, open := <-s.queue:
+			if !open { // at the end of the drain
+				return
+			}
 		default:
 			return
 		}
 	}
 }
 
-// keepOwnership does what an owner has to do: reset the consumer first, then send pulls often enough.
-func (s *subscription) keepOwnership(ctx context.Context) error {
+// assumeOwnership does what a new owner has to do first.
+func (s *subscription) assumeOwnership(ctx context.Context) error {
 	s.mu.Lock()
-	pin, reset := s.pin, s.takeOver && !s.wasReset
+	pin, begin := s.pin, s.takeOver && !s.wasReset
 	s.wasReset = s.takeOver
-	silent := time.Since(s.lastPull) > ownerTTL/4
 	s.mu.Unlock()
-	if reset {
-		s.reset() // the server forgets what was asked for before: it is asked again, on another inbox
-		if _, err := s.bus.js.ResetConsumer(ctx, s.stream, s.durable); err != nil {
-			s.mu.Lock()
-			s.wasReset = false
-			s.mu.Unlock()
-			return fromNATS("bus: take over "+s.durable, err)
-		}
-		s.log.Info("took over the ordered subscription", "durable", s.durable)
-	}
-	if pin == "" || !silent {
+	if !begin {
 		return nil
 	}
-	// Any pull with the pin keeps it. This one brings nothing: nobody listens to its answer.
-	request := fmt.Appendf(nil, `{"batch":1,"no_wait":true,"group":%q,"id":%q}`, ownerGroup, pin)
-	sent := time.Now()
-	if err := s.bus.nc.PublishRequest(s.pullSubject(), s.bus.nc.NewInbox(), request); err != nil {
-		return fromNATS("bus: keep "+s.durable, err)
+	err := s.claim(ctx, pin)
+	if err != nil {
+		s.mu.Lock()
+		s.wasReset = false
+		s.mu.Unlock()
 	}
-	s.mu.Lock()
-	s.lastPull = sent
-	s.mu.Unlock()
-	return nil
+	return err
 }
 
-// mayBegin says if a worker may begin with a message. An owner that was stopped for a while, or cut off, gives up what
-// it holds: somebody else may have it by now.
-func (s *subscription) mayBegin(msg *nats.Msg) bool {
+// keepOwnership sends pulls often enough, until the last handler has ended: the drain asks for no messages.
+func (s *subscription) keepOwnership(stop <-chan struct{}) {
+	ticker := time.NewTicker(ownerTTL / 6)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-ticker.C:
+		}
+		s.mu.Lock()
+		if s.pin != "" && time.Since(s.lastPull) > ownerTTL/4 && !s.expired() && s.bus.nc.IsConnected() {
+			// Any pull with the pin keeps it. This one brings nothing: nobody listens to its answer.
+			request := fmt.Appendf(nil, `{"batch":1,"no_wait":true,"group":%q,"id":%q}`, ownerGroup, s.pin)
+			sent := time.Now()
+			if err := s.bus.nc.PublishRequest(s.pullSubject(), s.bus.nc.NewInbox(), request); err == nil {
+				s.lastPull = sent
+			}
+		}
+		s.mu.Unlock()
+	}
+}
+
+// expired gives up an ownership that has run out: an owner that was stopped for a while, or cut off, must not renew what
+// somebody else may have by now. The lock is held.
+func (s *subscription) expired() bool {
+	if s.pin == "" || time.Since(s.lastPull) <= ownerTTL {
+		return false
+	}
+	s.log.Warn("ownership of the ordered subscription ran out", "durable", s.durable)
+	s.disown()
+	s.lost = true
+	return true
+}
+
+// mayBegin says if a worker may begin with a message, and the fencing token of the ownership under which it does.
+func (s *subscription) mayBegin(msg *nats.Msg) (fence uint64, may bool) {
 	if s.lanes == nil {
-		return true
+		return 0, true
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.draining && time.Since(s.lastPull) > ownerTTL {
-		s.log.Warn("ownership of the ordered subscription ran out", "durable", s.durable)
-		s.disown()
-		s.lost = true
+	if s.expired() || s.draining {
+		return 0, false
 	}
-	return s.holds(msg) && !s.draining
+	return s.fence, s.holds(msg)
 }
 
 // giveBackAll hands what is left after the drain to the next owner, in the order of the stream.

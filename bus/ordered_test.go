@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -193,6 +194,7 @@ func TestOrderedTakeOver(t *testing.T) {
 			const keys, per = 12, 60
 			d := newDiary()
 			active := make(chan int, 1) // the instance that handled last
+			var fences [3]atomic.Uint64
 			type instance struct {
 				nc   *nats.Conn
 				stop func() error
@@ -206,6 +208,7 @@ func TestOrderedTakeOver(t *testing.T) {
 						return errors.New("the dead do nothing")
 					}
 					defer d.begin(e.Value)()
+					fences[i].Store(e.Delivery.Fence)
 					select {
 					case <-active:
 					default:
@@ -242,9 +245,59 @@ func TestOrderedTakeOver(t *testing.T) {
 			postridertest.Eventually(t, wantCount(d.handled, 2*keys*per))
 			t.Logf("the active instance %s: everything was handled %v later", how, time.Since(began).Round(time.Millisecond))
 			d.check(t)
-			if second := <-active; second == first {
+			second := <-active
+			if second == first {
 				t.Errorf("instance %d went on although it is gone", second)
+			}
+			if old, now := fences[first].Load(), fences[second].Load(); old == 0 || now <= old {
+				t.Errorf("the fence went from %d to %d with the take-over, want it to grow", old, now)
 			}
 		})
 	}
+}
+
+// TestOrderedStopsSlowly has an owner stop while its handler needs longer than the pin lasts: until it is done, nobody else
+// may begin with its key.
+func TestOrderedStopsSlowly(t *testing.T) {
+	t.Parallel()
+	srv := postridertest.NewNATS(t)
+	d := newDiary()
+	began, finish := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	h := keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		defer d.begin(e.Value)()
+		once.Do(func() { close(began); <-finish })
+		d.finish(e.Value)
+		return nil
+	})
+	start := func() (stop func() error) {
+		b := newBus(t, srv.Connect())
+		if err := b.Subscribe(h, bus.Ordered(), bus.From(bus.DeliverAll)); err != nil {
+			t.Fatal(err)
+		}
+		stop = run(t, b)
+		<-b.Started()
+		return stop
+	}
+	stop := start()
+	pub := newBus(t, srv.Connect())
+	publishKeyed(t, pub, 1, 0, 3)
+	<-began
+	start()
+	stopped := make(chan error)
+	go func() { stopped <- stop() }()
+	publishKeyed(t, pub, 1, 3, 3)
+	at := time.Now()
+	postridertest.Eventually(t, func() error {
+		if time.Since(at) < 5*time.Second { // the pin lasts three
+			return errors.New("the owner has not waited long enough")
+		}
+		return nil
+	})
+	close(finish)
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	postridertest.Eventually(t, wantCount(d.handled, 6))
+	d.check(t)
 }

@@ -20,7 +20,7 @@ func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
 }
 
 // handle runs the handler on one message and settles it. It returns false if the message stays here, to be tried again.
-func (s *subscription) handle(ctx context.Context, msg *nats.Msg) bool {
+func (s *subscription) handle(ctx context.Context, msg *nats.Msg, fence uint64) bool {
 	meta, err := msg.Metadata()
 	if err != nil {
 		s.log.Error("a message without JetStream metadata was dropped: no stream sent it", "subject", msg.Subject, "error", err)
@@ -32,7 +32,7 @@ func (s *subscription) handle(ctx context.Context, msg *nats.Msg) bool {
 	}
 	delivery := postrider.Delivery{
 		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream,
-		Stored: meta.Timestamp, Group: s.cfg.group,
+		Stored: meta.Timestamp, Group: s.cfg.group, Fence: fence,
 	}
 	if s.lanes != nil {
 		delivery.Attempt += s.triedHere(msg)

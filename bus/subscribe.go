@@ -85,7 +85,9 @@ func Broadcast() SubscribeOption { return func(c *subscribeConfig) { c.broadcast
 // other keys run beside them, up to [Concurrency]. A failed attempt keeps its key waiting, and no other, until it succeeds or
 // the message is in the dead letters. Among the instances of the group one is active: when it stops another one takes
 // over at once, when it dies within about three seconds. After a take-over messages that were handled before may come
-// again, in order and with older ones first: wrap the handler with package idempotency.
+// again, in order and with older ones first: wrap the handler with package idempotency. An instance that was stopped for a
+// while may finish what it had begun beside its successor: where that matters, have what the handler writes to refuse a
+// smaller Delivery.Fence than it has seen.
 func Ordered() SubscribeOption { return func(c *subscribeConfig) { c.ordered = true } }
 
 // CircuitBreaker pauses the group, in all its instances, for a while after so many attempts in a row have failed in this one

@@ -237,3 +237,36 @@ func faultsLoseNothing(e *env) {
 	}
 	e.letters(b, 0)
 }
+
+// fencesGrow has the handler of an ordered subscription tell a new owner of its key from an old one.
+func fencesGrow(e *env) {
+	if e.Crash == nil {
+		e.Skip("the broker has no Crash")
+	}
+	var first, second, none journal
+	fence := func(j *journal) postrider.Handler {
+		return written.Handler(func(_ context.Context, v postrider.Event[note]) error {
+			v.Value.N = int(v.Delivery.Fence)
+			j.add(v)
+			return nil
+		})
+	}
+	old, replacement := e.open(), e.open()
+	e.must(old.Subscribe(fence(&first), bus.Ordered(), all))
+	e.must(old.Subscribe(fence(&none), bus.Group("unordered"), all))
+	e.must(replacement.Subscribe(fence(&second), bus.Ordered(), all))
+	_ = e.run(old)
+	e.publish(old, numbered(0, 1)...)
+	e.eventually("handled by the first", first.count, 1)
+	e.eventually("handled without order", none.count, 1)
+	e.Crash(old)
+	_ = e.run(replacement)
+	e.publish(replacement, numbered(1, 1)...)
+	e.eventually("handled by the second", func() int { return min(second.count(), 1) }, 1)
+	if f, s := first.all()[0].N, second.all()[0].N; f == 0 || s <= f {
+		e.Errorf("the fence was %d, and %d for another owner: want it to grow", f, s)
+	}
+	if n := none.all()[0].N; n != 0 {
+		e.Errorf("without order the fence is %d, want 0", n)
+	}
+}

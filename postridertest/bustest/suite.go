@@ -83,6 +83,7 @@ var promises = []struct {
 	{"WildcardsMatch", wildcardsMatch},
 	{"OneWorkerKeepsTheOrder", oneWorkerKeepsTheOrder},
 	{"OrderedKeysKeepTheirOrder", orderedKeysKeepTheirOrder},
+	{"FencesGrow", fencesGrow},
 	{"ConcurrencyIsReachedAndKept", concurrencyIsReachedAndKept},
 	{"EventsAreLinkedToTheirCause", eventsAreLinkedToTheirCause},
 	{"CommandsAreAnswered", commandsAreAnswered},

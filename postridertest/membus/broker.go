@@ -32,6 +32,7 @@ type Broker struct {
 	waiting []*waiting // in the order in which they were put off
 	running int        // handlers that run
 	order   uint64     // of the last message queued
+	fence   uint64     // of the last member that joined an ordered group
 }
 
 // stream keeps what was published to its subjects.
@@ -266,6 +267,10 @@ func (k *Broker) join(s *subscription) error {
 				k.queue(s.group, m)
 			}
 		}
+	}
+	if s.Ordered {
+		k.fence++
+		s.fence = k.fence
 	}
 	s.group.members = append(s.group.members, s)
 	return nil

@@ -22,6 +22,7 @@ type subscription struct {
 
 	// The broker's lock guards these.
 	group *group
+	fence uint64             // of an ordered group: larger than that of every member before
 	held  map[*delivery]bool // being handled
 }
 
@@ -69,7 +70,9 @@ func (s *subscription) run(ctx context.Context) error {
 // handle runs the handler on one message and settles it.
 func (s *subscription) handle(ctx context.Context, d *delivery) {
 	m, err := d.message(s.bus.topic(d.subject))
-	m.Delivery = postrider.Delivery{Attempt: d.attempt, Stream: d.stream, Sequence: d.sequence, Stored: d.at, Group: s.Group}
+	m.Delivery = postrider.Delivery{
+		Attempt: d.attempt, Stream: d.stream, Sequence: d.sequence, Stored: d.at, Group: s.Group, Fence: s.fence,
+	}
 	var reply *postrider.Message
 	switch {
 	case err != nil:
