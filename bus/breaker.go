@@ -98,7 +98,11 @@ func (s *subscription) broken(err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
 	defer cancel()
 	s.log.Warn("circuit open: the group is paused", "pause", s.cfg.breakerPause, "failures", s.cfg.breakerLimit, "error", err)
-	if _, err := s.bus.js.PauseConsumer(ctx, s.stream, s.durable, time.Now().Add(s.cfg.breakerPause)); err != nil {
+	durable := s.durable
+	if s.partition != "" {
+		durable = durableName(s.cfg.group, s.handler.Topic())
+	}
+	if err := s.bus.pauseConsumers(ctx, s.stream, durable, time.Now().Add(s.cfg.breakerPause)); err != nil {
 		s.log.Warn("circuit open, but other instances could not be paused", "error", err)
 	}
 }

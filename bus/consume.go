@@ -46,6 +46,10 @@ type subscription struct {
 	stop         chan struct{} // closed when draining begins
 	lost         bool          // the consumer is gone: bind again
 
+	// In a stream with partitions, see members.go.
+	shares    int    // how many parts an ordered subscription has
+	partition string // the one that this part reads
+
 	// Of an ordered subscription only, see lanes.go.
 	lanes    *lanes
 	pin      string // tells the server that we own the consumer
@@ -84,6 +88,14 @@ func (s *subscription) capacity() int {
 
 // run serves the subscription until ctx ends, then drains.
 func (s *subscription) run(ctx context.Context) error {
+	if s.shares > 0 {
+		return s.runShares(ctx)
+	}
+	return s.serve(ctx, ctx)
+}
+
+// serve is run for one consumer. It ends with tenure, which ends with ctx: only then DrainTimeout begins.
+func (s *subscription) serve(ctx, tenure context.Context) error {
 	s.held = map[*nats.Msg]int64{}
 	s.queue = make(chan *nats.Msg, maxPrefetch+64+8*s.cfg.concurrency) // all that can be held
 	s.wake, s.stop = make(chan struct{}, 1), make(chan struct{})
@@ -117,10 +129,10 @@ func (s *subscription) run(ctx context.Context) error {
 		helpers.Go(func() { s.keepOwnership(stopHelpers) })
 	}
 
-	s.pullLoop(ctx)
+	s.pullLoop(tenure)
 	s.drain()
 	close(s.queue)
-	err := s.await(&workers, cancelHandlers)
+	err := s.await(ctx, &workers, cancelHandlers)
 	if s.lanes != nil {
 		s.giveBackAll()
 		s.unpin(context.WithoutCancel(ctx))
@@ -150,10 +162,16 @@ func (s *subscription) admit() bool {
 	return (s.breaker == nil || s.breaker.enter(s.stop)) && (s.pacer == nil || s.pacer.wait(s.stop))
 }
 
-// await waits for the workers, cancels their contexts at DrainTimeout, and gives up on those that do not even then end.
-func (s *subscription) await(workers *sync.WaitGroup, cancel context.CancelFunc) error {
+// await waits for the workers. After ctx has ended it cancels their contexts at DrainTimeout, and gives up on those that do
+// not even then end.
+func (s *subscription) await(ctx context.Context, workers *sync.WaitGroup, cancel context.CancelFunc) error {
 	done := make(chan struct{})
 	go func() { workers.Wait(); close(done) }()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+	}
 	timer := time.NewTimer(s.bus.cfg.DrainTimeout)
 	defer timer.Stop()
 	select {

@@ -46,8 +46,9 @@
 // # Order
 //
 // A subscription that is [Ordered] handles the messages of one partition key one at a time, in the order of the stream,
-// and other keys beside them; a key whose message fails waits, and only that key. One instance of the group is active,
-// and another one takes over when it stops or dies.
+// and other keys beside them; a key whose message fails waits, and only that key. In a stream with Partitions ([Stream]) the
+// instances of the group share the keys, and take over those of one that stops or dies; otherwise one of them is active.
+// Delivery.Fence is a fencing token, by which what a handler writes to can refuse an instance that was replaced.
 //
 // # Later
 //

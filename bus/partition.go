@@ -2,6 +2,8 @@ package bus
 
 import (
 	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -58,6 +60,43 @@ func bothForms(subject string) []string {
 		return []string{subject}
 	}
 	return []string{subject, inPartition(subject, "*")}
+}
+
+// filters are what the subscription's consumer reads of a stream with partitions.
+func (s *subscription) filters() []string {
+	switch s.partition {
+	case "":
+		return bothForms(s.subject)
+	case "0":
+		return []string{s.subject, inPartition(s.subject, "0")}
+	default:
+		return []string{inPartition(s.subject, s.partition)}
+	}
+}
+
+// groupConsumer returns the consumer of the group, which read everything before it was divided, for one of its parts.
+func (s *subscription) groupConsumer(ctx context.Context, stream jetstream.Stream) (jetstream.Consumer, error) {
+	durable := durableName(s.cfg.group, s.handler.Topic())
+	if s.partition == "" || durable == s.durable {
+		return nil, jetstream.ErrConsumerNotFound
+	}
+	return stream.Consumer(ctx, durable)
+}
+
+// undivided makes sure that the group of a subscription that reads all partitions has not been divided: what its parts have
+// before them would be lost.
+func (s *subscription) undivided(ctx context.Context, stream jetstream.Stream) error {
+	op := "bus: subscribe " + s.handler.Name()
+	_, err := stream.Consumer(ctx, shareName(s.durable, 1))
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		return nil
+	}
+	if err != nil {
+		return fromNATS(op, err)
+	}
+	return postrider.Errorf(postrider.FailedPrecondition, "%s: group %s was Ordered and has a consumer for each partition: "+
+		"have it finish as Ordered and delete consumers %s to %s of stream %s, or take another group", op, s.cfg.group,
+		shareName(s.durable, 1), shareName(s.durable, partitions(stream.CachedInfo().Config)-1), s.stream)
 }
 
 // takes says if a message that came for the subscription's subject is one of its topic: with wildcards, what looks like a

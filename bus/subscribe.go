@@ -3,6 +3,7 @@ package bus
 import (
 	"cmp"
 	"context"
+	"errors"
 	"strings"
 	"time"
 
@@ -83,8 +84,11 @@ func Broadcast() SubscribeOption { return func(c *subscribeConfig) { c.broadcast
 
 // Ordered has messages with the same partition key ([postrider.KeyBy]) handled one at a time, in the order of the stream;
 // other keys run beside them, up to [Concurrency]. A failed attempt keeps its key waiting, and no other, until it succeeds or
-// the message is in the dead letters. Among the instances of the group one is active: when it stops another one takes
-// over at once, when it dies within about three seconds. After a take-over messages that were handled before may come
+// the message is in the dead letters.
+//
+// The instances of the group share the keys, if the stream has partitions ([Stream].Partitions) and the topic does not end
+// in ">"; otherwise one instance is active. When one stops, others take over its keys at once, when it dies, within about
+// three seconds, and when one comes, it gets its part as the others finish what they have begun. After a take-over messages that were handled before may come
 // again, in order and with older ones first: wrap the handler with package idempotency. An instance that was stopped for a
 // while may finish what it had begun beside its successor: where that matters, have what the handler writes to refuse a
 // smaller Delivery.Fence than it has seen.
@@ -187,7 +191,8 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...SubscribeOption) error {
 // maxAckPending is how many messages of a group may be on their way or wait for a retry, in all its instances.
 const maxAckPending = 20_000
 
-// bind finds the stream of the topic and makes the durable consumer exist. It is repeated when the consumer is lost.
+// bind finds the stream of the topic and makes the durable consumer exist, or that of each partition. It is repeated when
+// the consumer is lost.
 func (s *subscription) bind(ctx context.Context) error {
 	b, op := s.bus, "bus: subscribe "+s.handler.Name()
 	name, err := b.js.StreamNameBySubject(ctx, s.subject)
@@ -204,6 +209,28 @@ func (s *subscription) bind(ctx context.Context) error {
 	if err != nil {
 		return fromNATS(op, err)
 	}
+	s.stream = name
+	n := partitions(stream.CachedInfo().Config)
+	if s.partition != "" || n == 0 {
+		return s.bindConsumer(ctx, stream, n)
+	}
+	if !s.cfg.ordered || strings.HasSuffix(s.subject, ">") { // which cannot be filtered by partition
+		if err := s.undivided(ctx, stream); err != nil {
+			return err
+		}
+		return s.bindConsumer(ctx, stream, n)
+	}
+	s.shares = n
+	for p := n - 1; p >= 0; p-- { // the group's own is the last to change: the others begin where it is
+		if err := s.share(p).bindConsumer(ctx, stream, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bindConsumer makes a consumer exist in a stream with n partitions.
+func (s *subscription) bindConsumer(ctx context.Context, stream jetstream.Stream, n int) error {
 	cfg := jetstream.ConsumerConfig{
 		Durable:       s.durable,
 		FilterSubject: s.subject,
@@ -214,8 +241,8 @@ func (s *subscription) bind(ctx context.Context) error {
 		MaxAckPending: maxAckPending,
 		MaxWaiting:    512,
 	}
-	if partitions(stream.CachedInfo().Config) > 0 {
-		cfg.FilterSubject, cfg.FilterSubjects = "", bothForms(s.subject)
+	if n > 0 {
+		cfg.FilterSubject, cfg.FilterSubjects = "", s.filters()
 	}
 	if s.cfg.ordered {
 		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{ownerGroup}, ownerTTL
@@ -240,13 +267,15 @@ func (s *subscription) bind(ctx context.Context) error {
 	if have, err := stream.Consumer(ctx, s.durable); err == nil {
 		began := have.CachedInfo().Config // that cannot be changed, nor needs to be
 		cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = began.DeliverPolicy, began.OptStartSeq, began.OptStartTime
+	} else if group, err := s.groupConsumer(ctx, stream); err == nil {
+		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartSequencePolicy, nil
+		cfg.OptStartSeq = group.CachedInfo().AckFloor.Stream + 1
 	} else {
-		s.log.Info("new group", "stream", name, "durable", s.durable, "from", s.cfg.from.String())
+		s.log.Info("new group", "stream", s.stream, "durable", s.durable, "from", s.cfg.from.String())
 	}
 	if _, err := stream.CreateOrUpdateConsumer(ctx, cfg); err != nil {
-		return fromNATS(op+": consumer "+s.durable+" of stream "+name, err)
+		return fromNATS("bus: subscribe "+s.handler.Name()+": consumer "+s.durable+" of stream "+s.stream, err)
 	}
-	s.stream = name
 	return nil
 }
 
@@ -272,8 +301,26 @@ func (b *Bus) pause(ctx context.Context, op, group, topic string, until time.Tim
 		if err != nil {
 			return fromNATS(op, err)
 		}
-		if _, err = b.js.PauseConsumer(ctx, stream, durableName(group, topic), until); err != nil {
+		if err = b.pauseConsumers(ctx, stream, durableName(group, topic), until); err != nil {
 			return fromNATS(op, err)
+		}
+	}
+	return nil
+}
+
+// pauseConsumers pauses a consumer, and with it those of all partitions if there are any.
+func (b *Bus) pauseConsumers(ctx context.Context, name, durable string, until time.Time) error {
+	stream, err := b.js.Stream(ctx, name)
+	if err != nil {
+		return err
+	}
+	for p := range max(1, partitions(stream.CachedInfo().Config)) {
+		_, err := stream.PauseConsumer(ctx, shareName(durable, p), until)
+		if p > 0 && errors.Is(err, jetstream.ErrConsumerNotFound) {
+			return nil // not divided
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
