@@ -156,15 +156,17 @@ func (m *Message) Validate() error {
 			return bad(a.name, "is required")
 		}
 	}
-	if _, err := url.Parse(m.Source); err != nil {
-		return bad("source", "must be a URI reference: %v", err)
+	if !isPlain(m.Source) {
+		if _, err := url.Parse(m.Source); err != nil {
+			return bad("source", "must be a URI reference: %v", err)
+		}
 	}
 	if m.DataSchema != "" {
 		if u, err := url.Parse(m.DataSchema); err != nil || !u.IsAbs() {
 			return bad("dataschema", "must be an absolute URI, is %q", m.DataSchema)
 		}
 	}
-	if m.ContentType != "" && m.ContentType != "application/json" { // the common one needs no parsing
+	if m.ContentType != "" && !isPlainMediaType(m.ContentType) {
 		if _, _, err := mime.ParseMediaType(m.ContentType); err != nil {
 			return bad("datacontenttype", "must be a media type: %v", err)
 		}
@@ -242,6 +244,24 @@ func canonical(value any) (string, error) {
 	default:
 		return "", fmt.Errorf("type %T is none of bool, int, int32, string, []byte, *url.URL, time.Time", value)
 	}
+}
+
+// isPlain says if s is of letters, digits and a few signs, so that it is a URI reference and nothing needs to be parsed.
+func isPlain(s string) bool {
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '/', c == '-', c == '.', c == '_', c == '+':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// isPlainMediaType says if s is a media type without parameters.
+func isPlainMediaType(s string) bool {
+	i := strings.IndexByte(s, '/')
+	return i > 0 && i < len(s)-1 && strings.LastIndexByte(s, '/') == i && isPlain(s)
 }
 
 // checkTime refuses what RFC 3339 or google.protobuf.Timestamp cannot write.

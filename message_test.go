@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math"
 	"math/rand/v2"
+	"mime"
 	"net/url"
 	"slices"
 	"strings"
@@ -383,4 +384,21 @@ func BenchmarkValidate(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// FuzzValidateShortCuts wants what Validate does not parse to be what the parsers take.
+func FuzzValidateShortCuts(f *testing.F) {
+	for _, s := range []string{"//shop/orders", "/", "a/b", "text/plain", "a/", "/a", "a/b/c", "application/cloudevents+json", "..", "a:b", "%"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		m := &postrider.Message{ID: "1", Source: s, Type: "t"}
+		if _, err := url.Parse(s); err != nil && m.Validate() == nil {
+			t.Errorf("source %q: %v", s, err)
+		}
+		m = &postrider.Message{ID: "1", Source: "s", Type: "t", ContentType: s}
+		if _, _, err := mime.ParseMediaType(s); s != "" && err != nil && m.Validate() == nil {
+			t.Errorf("content type %q: %v", s, err)
+		}
+	})
 }

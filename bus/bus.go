@@ -146,7 +146,8 @@ type Bus struct {
 	log *slog.Logger
 	pub *publisher
 
-	proof *proof
+	entries sync.Pool // of *entry
+	proof   *proof
 
 	declaring   sync.Mutex
 	declared    atomic.Bool
@@ -185,6 +186,7 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 	}
 	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus"), started: make(chan struct{})}
 	b.pub = newPublisher(nc, js)
+	b.pub.timeout = min(b.pub.timeout, cfg.PublishTimeout)
 	b.proof = newProof(nc, cfg.Monitors)
 	if cfg.RequireDurable {
 		b.pub.admit = b.proof.admit

@@ -16,11 +16,12 @@
 //
 // A nats-server that syncs every message (sync_interval: always, the only setting under which an acknowledged message
 // outlives a power cut) spends one disk sync on each publish, whatever the concurrency. An atomic batch is synced once.
-// So Publish commits in groups: what is waiting for a stream goes out together while the group before it is on its way, as
-// one atomic batch of up to 1000 messages where that is the cheaper way by the times measured so far, else as single
-// publishes all at once (docs/adr/0002). There is no timer, and a lone message goes alone at once. A batch that the server
-// refuses is sent again one by one, so that each caller has its own result. This is the group commit of databases
-// (DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984) with the client as the log's writer.
+// So where syncs make messages dear, by the times measured so far, Publish commits in groups: what is waiting for a stream goes
+// out together while the group before it is on its way, as one atomic batch of up to 1000 messages. There is no timer, and
+// few messages go singly at once. A batch that the server refuses is sent again one by one, so that each caller has its own
+// result. This is the group commit of databases (DeWitt et al., "Implementation Techniques for Main Memory Database
+// Systems", 1984) with the client as the log's writer. Where messages are cheap every caller sends for itself, and several
+// messages of one call go out in a row that the server acknowledges now and then (docs/adr/0002 and 0004).
 //
 // What goes out is in binary mode, or as [Config.Mode] says in structured mode, in the protobuf format, which is smaller
 // and cheaper, or in JSON; readers take these and every other form of docs/wire.md, several events in one message too.

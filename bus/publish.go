@@ -25,11 +25,13 @@ var publishRetry = postrider.RetryPolicy{ //nolint:gochecknoglobals // a constan
 // FailedPrecondition (no stream takes the address), Unavailable and DeadlineExceeded (it may have been stored). With
 // several messages the error is a *[postrider.BatchError].
 func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
-	if len(msgs) == 0 {
+	began := time.Now()
+	switch len(msgs) {
+	case 0:
 		return nil
+	case 1:
+		return b.publishOne(ctx, began, msgs[0])
 	}
-	ctx, cancel := context.WithTimeout(ctx, b.cfg.PublishTimeout)
-	defer cancel()
 	errs := make([]error, len(msgs))
 	entries := make([]*entry, 0, len(msgs))
 	index := make([]int, 0, len(msgs))
@@ -41,23 +43,80 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 		}
 		entries, index = append(entries, e), append(index, i)
 	}
-	for attempt := 1; len(entries) > 0; attempt++ {
-		again, againIndex := entries[:0], index[:0]
-		for i, err := range b.publishOnce(ctx, entries) {
-			errs[index[i]] = err
-			switch {
-			case err == nil:
-				b.stats.published.Add(1)
-			case postrider.Retryable(err) && (!entries[i].isNameless() || notStored(err)):
-				again, againIndex = append(again, entries[i]), append(againIndex, index[i])
-			}
-		}
-		entries, index = again, againIndex
-		if len(entries) > 0 && (b.nc.IsClosed() || backoff.Wait(ctx, publishRetry, attempt) != nil) {
-			break
+	ctx, cancel := context.WithDeadline(ctx, began.Add(b.cfg.PublishTimeout))
+	defer cancel()
+	for i, err := range b.publishAgain(ctx, entries, b.publishOnce(ctx, entries)) {
+		errs[index[i]] = err
+	}
+	for _, err := range errs {
+		if err != nil {
+			return &postrider.BatchError{Errs: errs}
 		}
 	}
-	return batchError(errs)
+	return nil
+}
+
+// publishOne is Publish for one message, nearly always without a context and a goroutine of its own.
+func (b *Bus) publishOne(ctx context.Context, began time.Time, m *postrider.Message) error {
+	e, err := b.prepare(m)
+	if err != nil {
+		return err
+	}
+	l := b.pub.laneKnown(e.wanted())
+	if l != nil && e.via == "" && b.declared.Load() {
+		e.divide(int(l.partitions.Load()))
+		if err = l.one(ctx, e); err == nil {
+			b.stats.published.Add(1)
+			b.release(e)
+			return nil
+		}
+		if !e.again(err) {
+			return err
+		}
+	}
+	ctx, cancel := context.WithDeadline(ctx, began.Add(b.cfg.PublishTimeout))
+	defer cancel()
+	entries, errs := []*entry{e}, []error{err}
+	if err == nil {
+		errs = b.publishOnce(ctx, entries)
+	}
+	return b.publishAgain(ctx, entries, errs)[0]
+}
+
+// publishAgain makes further attempts for the entries of which errs says that they may succeed, and returns what became of all.
+func (b *Bus) publishAgain(ctx context.Context, entries []*entry, errs []error) []error {
+	index := make([]int, 0, len(entries))
+	for i, e := range entries {
+		if e.again(errs[i]) {
+			index = append(index, i)
+		}
+	}
+	for attempt := 1; len(index) > 0 && !b.nc.IsClosed() && backoff.Wait(ctx, publishRetry, attempt) == nil; attempt++ {
+		again := make([]*entry, len(index))
+		for i, at := range index {
+			again[i] = entries[at]
+		}
+		left := index[:0]
+		for i, err := range b.publishOnce(ctx, again) {
+			at := index[i]
+			if errs[at] = err; again[i].again(err) {
+				left = append(left, at)
+			}
+		}
+		index = left
+	}
+	for i, e := range entries {
+		if errs[i] == nil {
+			b.stats.published.Add(1)
+			b.release(e)
+		}
+	}
+	return errs
+}
+
+// again says if a failed entry may be sent again: never without a message id once it may have been stored.
+func (e *entry) again(err error) bool {
+	return err != nil && !e.abandoned && postrider.Retryable(err) && (!e.isNameless() || notStored(err))
 }
 
 // publishOnce makes one attempt.
@@ -80,19 +139,6 @@ func notStored(err error) bool {
 	return ok && e.Unprocessed
 }
 
-// batchError makes one error of those of each message.
-func batchError(errs []error) error {
-	if len(errs) == 1 {
-		return errs[0]
-	}
-	for _, err := range errs {
-		if err != nil {
-			return &postrider.BatchError{Errs: errs}
-		}
-	}
-	return nil
-}
-
 // prepare checks a message and encodes it.
 func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 	if m.Source == "" {
@@ -109,7 +155,7 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 	if err := checkPartitions(topic); err != nil {
 		return nil, postrider.Errorf(postrider.InvalidArgument, "bus: publish %s: %w", m.ID, err)
 	}
-	e := &entry{msg: b.encode(m, b.subject(topic)), key: m.Key()}
+	e := b.newEntry(m, b.subject(topic))
 	if err := b.postpone(m, e); err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package bus
 import (
 	"context"
 	"errors"
+	"maps"
 	"strconv"
 	"strings"
 	"sync"
@@ -47,7 +48,7 @@ func TestSingleKeepsTheOrderOfAKey(t *testing.T) {
 		e := &entry{msg: &nats.Msg{Subject: "stand.in", Data: []byte(name)}, key: strings.Trim(name, "-12")}
 		entries = append(entries, e)
 	}
-	l := &lane{pub: newPublisher(nc, js)}
+	l := newLane(newPublisher(nc, js), jetstream.StreamConfig{})
 	errs := l.publish(t.Context(), entries)
 	mu.Lock()
 	got := strings.Join(arrived, " ")
@@ -77,10 +78,17 @@ func TestPublishHonoursItsContext(t *testing.T) {
 	t.Cleanup(func() { _ = sub.Unsubscribe() })
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	l := &lane{pub: newPublisher(nc, js)}
-	err = l.publish(ctx, []*entry{{msg: &nats.Msg{Subject: "silent"}}})[0]
-	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, postrider.DeadlineExceeded) {
-		t.Errorf("error is %v, want that of the context", err)
+	l := newLane(newPublisher(nc, js), jetstream.StreamConfig{AllowAtomicPublish: true, AllowBatchPublish: true})
+	silent := func() *entry { return &entry{msg: &nats.Msg{Subject: "silent"}} }
+	for name, publish := range map[string]func() error{
+		"alone":           func() error { return l.one(ctx, silent()) },
+		"singly":          func() error { return l.publish(ctx, []*entry{silent()})[0] },
+		"in a fast batch": func() error { return l.publish(ctx, []*entry{silent(), silent(), silent(), silent()})[3] },
+		"in a group":      func() error { return l.join(ctx, []*entry{silent()}) },
+	} {
+		if err := publish(); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, postrider.DeadlineExceeded) {
+			t.Errorf("%s: error is %v, want that of the context", name, err)
+		}
 	}
 	nc.Close() // ends the wait that goes on behind
 }
@@ -105,10 +113,11 @@ func TestBatchOfUnknownOutcome(t *testing.T) {
 				singles++
 				_ = m.Respond([]byte(`{"stream":"S","seq":1}`))
 			} else if m.Header.Get(headerBatchCommit) != "" {
+				id, _ := strconv.ParseUint(strings.TrimPrefix(m.Reply, pub.acks.prefix), 10, 64)
 				pub.acks.mu.Lock()
-				p := pub.acks.pending[strings.TrimPrefix(m.Reply, pub.acks.prefix)]
+				w := pub.acks.waiters[id]
 				pub.acks.mu.Unlock()
-				p.resolve(&postrider.Error{Code: postrider.DeadlineExceeded, Msg: "no acknowledgement"})
+				w.resolve(&postrider.Error{Code: postrider.DeadlineExceeded, Msg: "no acknowledgement"})
 			}
 		})
 		if err != nil {
@@ -117,9 +126,9 @@ func TestBatchOfUnknownOutcome(t *testing.T) {
 		t.Cleanup(func() { _ = sub.Unsubscribe() })
 		entries := make([]*entry, minBatch)
 		for i := range entries {
-			entries[i] = &entry{msg: &nats.Msg{Subject: "stand.in", Header: header}}
+			entries[i] = &entry{msg: &nats.Msg{Subject: "stand.in", Header: maps.Clone(header)}}
 		}
-		l := &lane{pub: pub, atomic: true, groups: 1} // no group to measure with
+		l := dear(newLane(pub, jetstream.StreamConfig{AllowAtomicPublish: true}))
 		errs := l.publish(t.Context(), entries)
 		mu.Lock()
 		sent := singles
@@ -128,6 +137,13 @@ func TestBatchOfUnknownOutcome(t *testing.T) {
 			t.Errorf("%s: %v, %d were sent again", name, errs[0], sent)
 		}
 	}
+}
+
+// dear has a lane believe that nothing but atomic batches pays.
+func dear(l *lane) *lane {
+	l.pace.single.Store(int64(time.Hour))
+	l.probed = time.Now().Add(time.Hour)
+	return l
 }
 
 // TestBatchesOnARealServer has a lane that believes in batches.
@@ -146,7 +162,7 @@ func TestBatchesOnARealServer(t *testing.T) {
 	for i := range entries {
 		entries[i] = &entry{msg: &nats.Msg{Subject: "s", Data: []byte(strconv.Itoa(i))}}
 	}
-	l := &lane{pub: newPublisher(nc, js), atomic: true, groups: 1, singleTime: time.Hour}
+	l := dear(newLane(newPublisher(nc, js), jetstream.StreamConfig{AllowAtomicPublish: true}))
 	if err := errors.Join(l.publish(t.Context(), entries)...); err != nil {
 		t.Fatal(err)
 	}

@@ -79,38 +79,41 @@ var (
 
 // encode writes m for a subject, in the mode of the bus.
 func (b *Bus) encode(m *postrider.Message, subject string) *nats.Msg {
-	msg := &nats.Msg{Subject: subject}
-	var values []string // one backing array
+	e := &entry{msg: &nats.Msg{Header: nats.Header{}}}
+	b.encodeTo(e, m, subject)
+	return e.msg
+}
+
+// encodeTo writes m into the message of e: in binary mode, attributes as ce- headers with percent-encoded values and data as
+// the payload, or in a structured mode.
+func (b *Bus) encodeTo(e *entry, m *postrider.Message, subject string) {
+	msg := e.msg
+	msg.Subject = subject
+	if n := 10 + len(m.Extensions); cap(e.values) < n { // one backing array: it must not move
+		e.values = make([]string, 0, n)
+	}
+	values := e.values[:0]
 	set := func(key, value string) {
 		values = append(values, value)
 		msg.Header[key] = values[len(values)-1 : len(values) : len(values)]
 	}
 	switch b.cfg.Mode {
 	case Compact:
-		msg.Header = make(nats.Header, 2)
 		msg.Header[headerContentType] = typeCompact
-		msg.Data = envelope.AppendProto(nil, m)
+		e.data = envelope.AppendProto(e.data[:0], m)
+		msg.Data = e.data
 	case JSON:
-		msg.Header = make(nats.Header, 2)
 		msg.Header[headerContentType] = typeJSON
-		msg.Data = envelope.AppendJSON(nil, m)
+		e.data = envelope.AppendJSON(e.data[:0], m)
+		msg.Data = e.data
 	default:
-		// The map and the values get the size that they need: one more than eight doubles what a map costs.
-		n := 6 + len(m.Extensions) // four that are required, a content type or none, the message id or none
-		for _, set := range [...]bool{m.DataSchema != "", m.Subject != "", !m.Time.IsZero()} {
-			if set {
-				n++
-			}
-		}
-		values = make([]string, 0, n)
-		msg.Header = make(nats.Header, n)
 		envelope.Headers(m, func(name, value string) { set(attributeHeader(name), envelope.Escape(value)) })
 		msg.Data = m.Data
 	}
 	if !b.cfg.AllowDuplicates {
 		set(headerMsgID, messageID(m))
 	}
-	return msg
+	e.values = values
 }
 
 // messageID is what the server knows a message by. A "#" may stand in source and id; only the last one parts them, lest

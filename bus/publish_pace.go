@@ -1,0 +1,82 @@
+package bus
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// pace is what publishing to a stream takes, in moving averages of nanoseconds; 0 is unknown.
+type pace struct {
+	alone  atomic.Int64 // a single publish alone: most of it is the way to the server and back
+	single atomic.Int64 // what each message in front of it adds
+	batch  atomic.Int64 // an atomic batch, whatever its size: most of it is the staging
+
+	samples atomic.Int64 // that single is made of
+	singles atomic.Int64 // messages on their way singly
+	batches atomic.Int64 // atomic batches begun and ended: odd while one is on its way
+	stored  atomic.Int64 // messages of fast batches
+}
+
+const (
+	// What an atomic batch is believed to take at first: nats-server 2.15 with sync_interval always on a small virtual machine.
+	firstBatchTime = 2500 * time.Microsecond
+
+	// Below this time a message costs nearly as much within a batch, and no batch pays. With a sync for every message it
+	// is a multiple of it, without one a fraction.
+	cheapSingle = 60 * time.Microsecond
+
+	// How much of the average is a message's own: little where all are measured, lest a moment's pause should count much, and
+	// more where few are.
+	shareOfMany = 1024
+	shareOfFew  = 16
+
+	// A message tells what those in front of it took if there are so many.
+	minAhead = 8
+)
+
+// pays says if n messages are better published as an atomic batch, by a margin, since in a group each waits for all.
+func (p *pace) pays(n int) bool {
+	single, batch := p.single.Load(), p.batch.Load()
+	return n >= minBatch && single > int64(cheapSingle) && p.alone.Load()+int64(n)*single > batch+batch/2
+}
+
+// trip is the way of one message that is sent singly. The zero trip tells nothing.
+type trip struct {
+	pace    *pace
+	began   time.Time
+	ahead   int64 // messages in front of it
+	batches int64
+	share   int64 // one in so many of the average is its own
+}
+
+func (p *pace) begin(share int64) trip {
+	return trip{pace: p, began: time.Now(), ahead: p.singles.Add(1) - 1, batches: p.batches.Load(), share: share}
+}
+
+// end notes the acknowledgement.
+func (t trip) end() {
+	p := t.pace
+	if p == nil {
+		return
+	}
+	behind := p.singles.Add(-1)
+	took := int64(time.Since(t.began))
+	switch {
+	case t.batches%2 == 1 || t.batches != p.batches.Load(): // a batch was in front of it
+	case t.ahead == 0 && behind == 0:
+		if learn(&p.alone, took, 64); took < p.alone.Load() { // a pause is not what it takes
+			p.alone.Store(took)
+		}
+	case t.ahead >= minAhead: // the server acknowledges in bursts: the time between two acknowledgements tells nothing
+		learn(&p.single, max(took-p.alone.Load(), 0)/t.ahead, min(t.share, p.samples.Add(1)))
+	}
+}
+
+// learn takes a value into an average.
+func learn(average *atomic.Int64, value, share int64) {
+	have := average.Load()
+	if have == 0 {
+		share = 1
+	}
+	average.Store(max(1, have+(value-have)/share)) // one of two at the same time may be lost
+}
