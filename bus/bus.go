@@ -152,6 +152,7 @@ type Bus struct {
 	declaring   sync.Mutex
 	declared    atomic.Bool
 	ownDeclared atomic.Bool
+	warned      sync.Map // names of streams
 
 	mu      sync.Mutex
 	subs    []*subscription
@@ -260,7 +261,7 @@ func (b *Bus) bind(ctx context.Context, subs []*subscription) error {
 		return err
 	}
 	if len(subs) > 0 {
-		if err := b.declareStream(ctx, b.deadLetterStream()); err != nil {
+		if err := b.declareDeadLetters(ctx); err != nil {
 			return err
 		}
 		if err := b.declareOwn(ctx); err != nil {
@@ -320,9 +321,11 @@ func fromNATS(op string, err error) error {
 
 // Error numbers of the JetStream API (nats-server: server/errors.json) that mean something to the bus.
 const (
+	errNoResources      = 10047
 	errInvalidStream    = 10052
 	errMessageTooLarge  = 10054
 	errWrongSequence    = 10071
+	errNoReplicas       = 10074
 	errStreamFull       = 10077
 	errWrongSequenceNow = 10164
 	errBadSchedule      = 10189
@@ -338,7 +341,7 @@ func apiCode(code int, errCode uint16) postrider.Code {
 		return postrider.Aborted
 	case errBadSchedule, errBadTimeZone:
 		return postrider.InvalidArgument
-	case errInvalidStream: // a change that the server does not make, with code 500
+	case errInvalidStream, errNoReplicas: // what the server does not do, with code 500
 		return postrider.FailedPrecondition
 	}
 	switch {

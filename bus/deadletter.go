@@ -79,10 +79,11 @@ type DeadLetter struct {
 	notes nats.Header // ours
 }
 
-func (b *Bus) deadLetterStream() Stream {
+// declareDeadLetters makes the dead letter stream exist. It is never of a kind that drops letters.
+func (b *Bus) declareDeadLetters(ctx context.Context) error {
 	s := b.cfg.DeadLetters
 	s.Topics = []string{deadPrefix + ">", deadLogPrefix + ">"}
-	return s
+	return b.declareConfig(ctx, b.streamConfig(s), s.keepLimits)
 }
 
 // deadLetter stores a message in the dead letters and returns when the server has it.

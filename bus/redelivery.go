@@ -68,10 +68,10 @@ func (b *Bus) declareOwn(ctx context.Context) error {
 	want.AllowAtomicPublish = false
 	want.AllowDirect = false // a replica that lags behind may not know of a cancellation
 	want.AllowMsgSchedules, want.AllowMsgTTL, want.AllowRollup = true, true, true
-	if have, err := b.js.Stream(ctx, s.Name); err == nil {
-		want.Replicas = max(want.Replicas, have.CachedInfo().Config.Replicas)
-	}
-	if err := b.declareConfig(ctx, want); err != nil {
+	err := b.declareConfig(ctx, want, func(want *jetstream.StreamConfig, have jetstream.StreamConfig) {
+		want.Replicas = max(want.Replicas, have.Replicas)
+	})
+	if err != nil {
 		return err
 	}
 	b.ownDeclared.Store(true)

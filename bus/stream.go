@@ -5,8 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,8 +14,13 @@ import (
 	"github.com/postrider/postrider"
 )
 
-// Stream declares a JetStream stream. It is created when it is missing and updated when it differs; topics that others
-// added stay. Every stream has file storage, limits retention, and allows atomic and fast batches.
+// Stream declares a JetStream stream. It is created when it is missing, with file storage and limits retention. One that
+// exists, whoever made it, is changed where it differs from what is declared here: it takes the topics beside those that it
+// has, it has the limits that are not zero, and it allows atomic and fast batches. Everything else stays as it is. A change
+// that the server refuses is an error with both values, and so is a stream that acknowledges before it writes, or not at all.
+// What a stream that others made does not keep, in memory, without interest, beyond its limits, Run tells the log.
+//
+// A stream that must not be changed need not be declared: publishers and subscriptions find the one that takes their topic.
 type Stream struct {
 	// Name is the stream's name: letters, digits, "-" and "_", by custom in capitals.
 	Name string
@@ -25,17 +28,18 @@ type Stream struct {
 	// Topics are the addresses that the stream takes, with wildcards: "orders.>".
 	Topics []string
 
-	// MaxAge is how long messages are kept. Zero: without end.
+	// MaxAge is how long messages are kept. Zero: as the stream is, a new one without end. Negative: without end.
 	MaxAge time.Duration
 
 	// MaxBytes bounds the stream's size; a publish beyond it fails with ResourceExhausted rather than pushing out
-	// messages that nobody has handled. Zero: no bound.
+	// messages that nobody has handled. Zero: as the stream is, a new one without bound. Negative: without bound.
 	MaxBytes int64
 
-	// Replicas is on how many servers the stream is kept, 1 to 5. Default 1; use 3 in a cluster.
+	// Replicas is on how many servers the stream is kept, 1 to 5; use 3 in a cluster. Zero: as the stream is, a new one
+	// on 1.
 	Replicas int
 
-	// DuplicateWindow is how long the server recognises a message id. Default 2 min.
+	// DuplicateWindow is how long the server recognises a message id. Zero: as the stream is, a new one 2 min.
 	DuplicateWindow time.Duration
 
 	// Partitions is into how many parts messages are divided by their partition key, 1 to 64, so that the instances of a
@@ -92,40 +96,57 @@ func (b *Bus) checkServer(ctx context.Context) error {
 }
 
 func (b *Bus) declareStream(ctx context.Context, s Stream) error {
-	return b.declareConfig(ctx, b.streamConfig(s))
+	return b.declareConfig(ctx, b.streamConfig(s), func(want *jetstream.StreamConfig, have jetstream.StreamConfig) {
+		s.keepLimits(want, have)
+		keepKind(want, have)
+		if s.MaxBytes > 0 {
+			want.Discard = jetstream.DiscardNew
+		}
+	})
 }
 
-func (b *Bus) declareConfig(ctx context.Context, want jetstream.StreamConfig) error {
+// declareConfig makes a stream exist. Before one that exists is changed, keep takes over into what is wanted what shall
+// stay as it is.
+func (b *Bus) declareConfig(ctx context.Context, want jetstream.StreamConfig, keep func(want *jetstream.StreamConfig, have jetstream.StreamConfig)) error {
 	op := "bus: declare stream " + want.Name
-	info, err := b.js.Stream(ctx, want.Name)
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		_ = repartition(nil, &want)
-		_, err = b.js.CreateStream(ctx, want)
-		if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+	for round := 0; ; round++ {
+		began := time.Now()
+		info, err := b.js.Stream(ctx, want.Name)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			fresh := want
+			_ = repartition(nil, &fresh)
+			_, err = b.js.CreateStream(ctx, fresh)
+			if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+				return refused(op, err)
+			}
+			info, err = b.js.Stream(ctx, want.Name) // another instance was faster
+		}
+		if err != nil {
 			return fromNATS(op, err)
 		}
-		info, err = b.js.Stream(ctx, want.Name) // another instance was faster
+		have, want := info.CachedInfo().Config, want
+		if err := usable(have); err != nil {
+			return fmt.Errorf("%s: %w", op, err)
+		}
+		keep(&want, have)
+		if err := repartition(info.CachedInfo(), &want); err != nil {
+			return fmt.Errorf("%s: %w", op, err)
+		}
+		merged, changes := merge(have, want)
+		if len(changes) == 0 || round > 0 && len(merged.Subjects) == len(have.Subjects) {
+			b.warn(merged)
+			return nil
+		}
+		if _, err := b.js.UpdateStream(ctx, merged); err != nil {
+			return refused(op+": change "+strings.Join(changes, ", "), err)
+		}
+		b.log.Info("stream changed", "stream", want.Name, "changes", changes)
+		// Another service that has read the stream before our change may write after it, without our topics: the server has no
+		// conditional update. So we look again after several times as long as that takes.
+		if err := pause(ctx, max(minLook, 5*time.Since(began))); err != nil {
+			return fromNATS(op, err)
+		}
 	}
-	if err != nil {
-		return fromNATS(op, err)
-	}
-	have := info.CachedInfo().Config
-	if have.PersistMode == jetstream.AsyncPersistMode {
-		return postrider.Errorf(postrider.FailedPrecondition, "%s: it has persist_mode async and acknowledges messages before it "+
-			"writes them, which cannot be changed: make the stream anew with persist_mode default", op)
-	}
-	if err := repartition(info.CachedInfo(), &want); err != nil {
-		return fmt.Errorf("%s: %w", op, err)
-	}
-	merged, changes := merge(have, want)
-	if len(changes) == 0 {
-		return nil
-	}
-	if _, err := b.js.UpdateStream(ctx, merged); err != nil {
-		return fromNATS(op+": change "+strings.Join(changes, ", "), err)
-	}
-	b.log.Info("stream changed", "stream", want.Name, "changes", changes)
-	return nil
 }
 
 func (b *Bus) streamConfig(s Stream) jetstream.StreamConfig {
@@ -134,8 +155,8 @@ func (b *Bus) streamConfig(s Stream) jetstream.StreamConfig {
 		Storage:            jetstream.FileStorage,
 		Retention:          jetstream.LimitsPolicy,
 		Discard:            jetstream.DiscardNew,
-		MaxAge:             s.MaxAge,
-		MaxBytes:           cmp.Or(s.MaxBytes, -1),
+		MaxAge:             max(s.MaxAge, 0),
+		MaxBytes:           cmp.Or(max(s.MaxBytes, 0), -1),
 		Replicas:           cmp.Or(s.Replicas, 1),
 		Duplicates:         cmp.Or(s.DuplicateWindow, 2*time.Minute),
 		AllowDirect:        true,
@@ -152,40 +173,4 @@ func (b *Bus) streamConfig(s Stream) jetstream.StreamConfig {
 		cfg.Subjects = append(cfg.Subjects, b.subject(t))
 	}
 	return cfg
-}
-
-// merge returns what the stream should become, and the differences as "field: have -> want". Fields that a Stream does
-// not name stay as they are.
-func merge(have, want jetstream.StreamConfig) (jetstream.StreamConfig, []string) {
-	var changes []string
-	merged := have
-	for _, s := range want.Subjects {
-		if !slices.Contains(have.Subjects, s) {
-			merged.Subjects = append(slices.Clone(merged.Subjects), s)
-			changes = append(changes, fmt.Sprintf("topics: %v -> with %s", have.Subjects, s))
-		}
-	}
-	if is, n := partitions(have), partitions(want); n != is {
-		merged.Metadata = map[string]string{}
-		maps.Copy(merged.Metadata, have.Metadata)
-		maps.Copy(merged.Metadata, want.Metadata)
-		changes = append(changes, fmt.Sprintf("partitions: %d -> %d", is, n))
-	}
-	apply(&merged.Storage, want.Storage, "storage", &changes)
-	apply(&merged.Retention, want.Retention, "retention", &changes)
-	apply(&merged.Discard, want.Discard, "discard", &changes)
-	apply(&merged.MaxAge, want.MaxAge, "max age", &changes)
-	apply(&merged.MaxBytes, want.MaxBytes, "max bytes", &changes)
-	apply(&merged.Replicas, want.Replicas, "replicas", &changes)
-	apply(&merged.Duplicates, want.Duplicates, "duplicate window", &changes)
-	apply(&merged.AllowAtomicPublish, want.AllowAtomicPublish, "atomic publish", &changes)
-	apply(&merged.AllowBatchPublish, want.AllowBatchPublish, "batch publish", &changes)
-	return merged, changes
-}
-
-func apply[T comparable](have *T, want T, name string, changes *[]string) {
-	if *have != want {
-		*changes = append(*changes, fmt.Sprintf("%s: %v -> %v", name, *have, want))
-		*have = want
-	}
 }

@@ -209,6 +209,7 @@ func (s *subscription) bind(ctx context.Context) error {
 	if err != nil {
 		return fromNATS(op, err)
 	}
+	b.warn(stream.CachedInfo().Config)
 	s.stream = name
 	n := partitions(stream.CachedInfo().Config)
 	if s.partition != "" || n == 0 {
