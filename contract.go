@@ -85,10 +85,10 @@ func (c *contract) message(ctx context.Context, v any, opts []PublishOption) (*M
 
 // decode reads m's data into v.
 func (c *contract) decode(m *Message, v any) error {
-	op := "decode " + c.name + " " + m.ID
+	op := func() string { return "decode " + c.name + " " + m.ID }
 	if ref := m.Extension(ExtDataRef); ref != "" && len(m.Data) == 0 { // an empty value would pass in many a codec
 		return &Error{
-			Code: FailedPrecondition, Op: op,
+			Code: FailedPrecondition, Op: op(),
 			Msg: "the data is not in the message but at " + ref + ": give the handler the middleware that fetches it (bus/claimcheck)",
 		}
 	}
@@ -97,7 +97,7 @@ func (c *contract) decode(m *Message, v any) error {
 		err = cd.Unmarshal(m.Data, v)
 	}
 	if err != nil {
-		return codecError(op, err)
+		return codecError(op(), err)
 	}
 	return nil
 }

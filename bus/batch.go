@@ -20,10 +20,9 @@ const maxBatchEvents = 10_000
 // headerItem says which event of a batch a dead letter was, counted from 0.
 const headerItem = "Postrider-Item"
 
-// splitBatch returns the events of a message in a batch mode, each as a message of its own in structured mode. It returns
-// false for any other message.
-func splitBatch(msg *nats.Msg) ([]*nats.Msg, bool, error) {
-	f, _ := formatOf(msg)
+// splitBatch returns the events of a message in a batch mode, each as a message of its own in structured mode, and nil for
+// any other message.
+func splitBatch(msg *nats.Msg, f format) ([]*nats.Msg, error) {
 	var events [][]byte
 	var err error
 	contentType := envelope.ContentTypeJSON
@@ -34,13 +33,13 @@ func splitBatch(msg *nats.Msg) ([]*nats.Msg, bool, error) {
 		contentType = envelope.ContentTypeProto
 		events, err = envelope.SplitProto(msg.Data)
 	default:
-		return nil, false, nil
+		return nil, nil
 	}
 	if err == nil && len(events) > maxBatchEvents {
 		err = postrider.Errorf(postrider.InvalidArgument, "the batch has %d events, at most %d are taken", len(events), maxBatchEvents)
 	}
 	if err != nil {
-		return nil, true, err
+		return nil, err
 	}
 	items := make([]*nats.Msg, len(events))
 	for i, event := range events {
@@ -49,49 +48,49 @@ func splitBatch(msg *nats.Msg) ([]*nats.Msg, bool, error) {
 			Header: nats.Header{headerContentType: {contentType}, headerItem: {strconv.Itoa(i)}},
 		}
 	}
-	return items, true, nil
+	return items, nil
 }
 
 // handleBatch hands the events of one message to the handler, one after the other, and settles the message when all are
 // done. While attempts are left, one event that fails brings the whole message again, and with it the events that were done:
 // at least once is what the bus promises. In the end only the events that failed
 // go to the dead letters, each by itself.
-func (s *subscription) handleBatch(ctx context.Context, msg *nats.Msg, items []*nats.Msg, delivery postrider.Delivery) bool {
+func (s *subscription) handleBatch(ctx context.Context, d *delivered, items []*nats.Msg, delivery postrider.Delivery) bool {
 	type failure struct {
-		item *nats.Msg
-		m    *postrider.Message
-		err  error
+		*delivered
+		err error
 	}
 	var failed []failure
 	var again error
 	var delay time.Duration
 	repeat := func(err error, d time.Duration) { again, delay = err, max(delay, d) }
-	for _, item := range items {
-		m, reply, err := s.attempt(ctx, item, delivery)
+	for _, msg := range items {
+		item := newDelivered(msg)
+		reply, err := s.attempt(ctx, item, delivery)
 		if err == nil {
-			if _, err = s.conclude(item, m, reply, nil); err != nil {
+			if _, err = s.conclude(msg, item.message, reply, nil); err != nil {
 				repeat(err, backoff.Delay(s.cfg.retry, delivery.Attempt))
 			}
 		} else if d, retry := backoff.Next(s.cfg.retry, delivery.Attempt, err); retry {
 			repeat(err, d)
 		} else {
-			failed = append(failed, failure{item, m, err})
+			failed = append(failed, failure{item, err})
 		}
 	}
 	for _, f := range failed {
 		if again != nil {
 			break // they fail again with the others
 		}
-		f.item.Header = withItem(msg.Header, f.item.Header)
-		if _, err := s.conclude(f.item, f.m, nil, f.err); err != nil {
+		f.Header = withItem(d.Header, f.Header)
+		if _, err := s.conclude(f.Msg, f.message, nil, f.err); err != nil {
 			repeat(err, backoff.Delay(s.cfg.retry, delivery.Attempt))
 		}
 	}
 	s.broken(again)
 	if again != nil {
-		return s.retry(msg, &postrider.Message{Type: "batch", Delivery: delivery}, delay, again)
+		return s.retry(d, &postrider.Message{Type: "batch", Delivery: delivery}, delay, again)
 	}
-	s.answer(msg, nil)
+	s.answer(d.Msg, nil)
 	return true
 }
 

@@ -35,10 +35,10 @@ type subscription struct {
 
 	mu       sync.Mutex
 	sub      *nats.Subscription
-	asked    int                 // requested from the server and not yet received
-	held     map[*nats.Msg]int64 // received and not settled
-	lastSign time.Time           // when the server was last heard of
-	lastPull time.Time           // when the server was last asked
+	asked    int          // requested from the server and not yet received
+	held     []*delivered // received and not settled, in no order
+	lastSign time.Time    // when the server was last heard of
+	lastPull time.Time    // when the server was last asked
 
 	handlerTime  time.Duration // that a message takes, on average
 	lastSequence uint64        // of a broadcast: the last that arrived
@@ -56,7 +56,7 @@ type subscription struct {
 	fence    uint64 // the token of this ownership
 	takeOver bool   // deliveries are dropped until they begin anew
 	wasReset bool   // the consumer was told to begin anew
-	queue    chan *nats.Msg
+	queue    chan *delivered
 	wake     chan struct{} // tells the pull loop that there may be room
 }
 
@@ -96,8 +96,8 @@ func (s *subscription) run(ctx context.Context) error {
 
 // serve is run for one consumer. It ends with tenure, which ends with ctx: only then DrainTimeout begins.
 func (s *subscription) serve(ctx, tenure context.Context) error {
-	s.held = map[*nats.Msg]int64{}
-	s.queue = make(chan *nats.Msg, maxPrefetch+64+8*s.cfg.concurrency) // all that can be held
+	s.held = nil
+	s.queue = make(chan *delivered, maxPrefetch+64+8*s.cfg.concurrency) // all that can be held
 	s.wake, s.stop = make(chan struct{}, 1), make(chan struct{})
 	if s.cfg.ordered {
 		s.lanes = newLanes(s.queue)
@@ -108,16 +108,16 @@ func (s *subscription) serve(ctx, tenure context.Context) error {
 	var workers, helpers sync.WaitGroup
 	for range s.cfg.concurrency {
 		workers.Go(func() {
-			for msg := range s.queue {
+			for d := range s.queue {
 				if !s.admit() && s.lanes == nil {
-					s.settled(msg, 0)
-					s.giveBack(msg)
+					s.settled(d, 0)
+					s.giveBack(d.Msg)
 					continue
 				}
 				s.slots <- struct{}{}
 				began := time.Now()
-				if fence, may := s.mayBegin(msg); may && s.handle(handlerCtx, msg, fence) {
-					s.settled(msg, time.Since(began))
+				if fence, may := s.mayBegin(d); may && s.handle(handlerCtx, d, fence) {
+					s.settled(d, time.Since(began))
 				}
 				<-s.slots
 			}
@@ -290,14 +290,23 @@ func (s *subscription) reset() {
 
 // receive is called for everything that arrives on the inbox, one after the other.
 func (s *subscription) receive(msg *nats.Msg) {
-	s.mu.Lock()
-	s.lastSign = time.Now()
+	now := time.Now()
 	if len(msg.Data) == 0 && msg.Header.Get("Status") != "" {
+		s.mu.Lock()
+		s.lastSign = now
 		s.status(msg)
 		s.mu.Unlock()
 		s.signal()
 		return
 	}
+	d := newDelivered(msg)
+	d.since = now.UnixNano()
+	key := ""
+	if s.lanes != nil {
+		key = d.key() // before the lock: it may have to read the whole message
+	}
+	s.mu.Lock()
+	s.lastSign = now
 	if s.asked > 0 {
 		s.asked--
 	}
@@ -308,18 +317,18 @@ func (s *subscription) receive(msg *nats.Msg) {
 	}
 	defer s.mu.Unlock()
 	if s.cfg.broadcast {
-		if meta, err := msg.Metadata(); err == nil {
-			s.lastSequence = max(s.lastSequence, meta.Sequence.Stream)
+		if at, err := placeOf(msg.Reply); err == nil {
+			s.lastSequence = max(s.lastSequence, at.sequence)
 		}
 	}
 	// Sending under the lock is safe: the queue has room, and the drain closes it only after draining is set.
 	switch {
 	case s.lanes == nil:
-		s.held[msg] = s.lastSign.UnixNano()
-		s.queue <- msg
-	case s.owned(msg):
-		s.held[msg] = s.lastSign.UnixNano()
-		s.lanes.add(msg, partitionKey(msg))
+		s.hold(d)
+		s.queue <- d
+	case s.owned(d):
+		s.hold(d)
+		s.lanes.add(d, key)
 	}
 }
 
@@ -361,9 +370,9 @@ func (s *subscription) heartbeat(stop <-chan struct{}) {
 		case now := <-ticker.C:
 			s.mu.Lock()
 			alive := make([]*nats.Msg, 0, len(s.held))
-			for msg, since := range s.held {
-				if now.UnixNano()-since > period.Nanoseconds()/2 {
-					alive = append(alive, msg)
+			for _, d := range s.held {
+				if now.UnixNano()-d.since > period.Nanoseconds()/2 {
+					alive = append(alive, d.Msg)
 				}
 			}
 			s.mu.Unlock()
@@ -393,10 +402,10 @@ func (s *subscription) drain() {
 	}
 	for {
 		select {
-		case msg := <-s.queue:
+		case d := <-s.queue:
 			if s.lanes == nil { // else it must wait for the one of its key that is being handled
-				s.settled(msg, 0)
-				s.giveBack(msg)
+				s.settled(d, 0)
+				s.giveBack(d.Msg)
 			}
 		default:
 			return
@@ -408,14 +417,14 @@ func (s *subscription) drain() {
 func (s *subscription) giveBack(msg *nats.Msg) { s.answer(msg, []byte("-NAK")) }
 
 // settled forgets a message that was handled in some time, zero if it was not.
-func (s *subscription) settled(msg *nats.Msg, took time.Duration) {
+func (s *subscription) settled(d *delivered, took time.Duration) {
 	s.mu.Lock()
-	delete(s.held, msg)
+	s.release(d)
 	if took > 0 { // a moving average
 		s.handlerTime += (took - s.handlerTime) / 16
 	}
 	if s.lanes != nil && !s.draining {
-		s.lanes.next(msg)
+		s.lanes.next(d)
 	}
 	capacity := s.capacity()
 	thirsty := capacity-len(s.held)-s.asked >= (capacity+1)/2

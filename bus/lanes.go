@@ -4,11 +4,8 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
-
-	"github.com/nats-io/nats.go"
 )
 
 // lanes gives the messages of an ordered subscription to the workers key by key: one message of a key is with a worker,
@@ -20,94 +17,64 @@ import (
 //
 // The subscription's lock guards it.
 type lanes struct {
-	queue    chan<- *nats.Msg // has room for all that may be held
-	waiting  map[string][]*nats.Msg
-	keys     map[*nats.Msg]string
-	attempts map[*nats.Msg]int // failed in place, beside those that the server counts
-	timers   map[*nats.Msg]*time.Timer
+	queue chan<- *delivered // has room for all that may be held
+	byKey map[string]*keyLane
 }
 
-func newLanes(queue chan<- *nats.Msg) *lanes {
-	return &lanes{
-		queue: queue, waiting: map[string][]*nats.Msg{}, keys: map[*nats.Msg]string{},
-		attempts: map[*nats.Msg]int{}, timers: map[*nats.Msg]*time.Timer{},
-	}
+// keyLane is a key of which a message is with a worker, or waits to be tried again.
+type keyLane struct {
+	key     string
+	waiting []*delivered // behind that one
+}
+
+func newLanes(queue chan<- *delivered) *lanes {
+	return &lanes{queue: queue, byKey: map[string]*keyLane{}}
 }
 
 // add takes a message that arrived. A message without a key waits for nobody.
-func (l *lanes) add(msg *nats.Msg, key string) {
-	if key == "" {
-		l.queue <- msg
-		return
+func (l *lanes) add(d *delivered, key string) {
+	if key != "" {
+		if d.lane = l.byKey[key]; d.lane != nil {
+			d.lane.waiting = append(d.lane.waiting, d)
+			return
+		}
+		d.lane = &keyLane{key: key}
+		l.byKey[key] = d.lane
 	}
-	l.keys[msg] = key
-	behind, busy := l.waiting[key]
-	if busy {
-		l.waiting[key] = append(behind, msg)
-		return
-	}
-	l.waiting[key] = nil
-	l.queue <- msg
+	l.queue <- d
 }
 
 // next opens the lane of a message that is settled.
-func (l *lanes) next(msg *nats.Msg) {
-	key, ok := l.keys[msg]
-	if !ok {
-		return
+func (l *lanes) next(d *delivered) {
+	lane := d.lane
+	switch {
+	case lane == nil || l.byKey[lane.key] != lane: // the second: all was forgotten meanwhile
+	case len(lane.waiting) == 0:
+		delete(l.byKey, lane.key)
+	default:
+		l.queue <- lane.waiting[0]
+		lane.waiting[0] = nil
+		lane.waiting = lane.waiting[1:]
 	}
-	delete(l.keys, msg)
-	delete(l.attempts, msg)
-	behind := l.waiting[key]
-	if len(behind) == 0 {
-		delete(l.waiting, key)
-		return
-	}
-	l.waiting[key] = behind[1:]
-	l.queue <- behind[0]
-}
-
-// clear forgets everything.
-func (l *lanes) clear() {
-	for _, t := range l.timers {
-		t.Stop()
-	}
-	clear(l.waiting)
-	clear(l.keys)
-	clear(l.attempts)
-	clear(l.timers)
 }
 
 // retryInPlace has a message handled again after a delay, while its key waits and other keys go on. The heartbeat keeps
 // it ours.
-func (s *subscription) retryInPlace(msg *nats.Msg, delay time.Duration) {
+func (s *subscription) retryInPlace(d *delivered, delay time.Duration) {
+	d.again()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.draining || !s.holds(msg) {
+	if s.draining || !d.isHeld() {
 		return // the drain gives it back, or the next owner has it
 	}
-	s.lanes.attempts[msg]++
-	s.lanes.timers[msg] = time.AfterFunc(delay, func() {
+	d.timer = time.AfterFunc(delay, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if _, waits := s.lanes.timers[msg]; !waits || s.draining || !s.holds(msg) {
-			return
+		if d.timer != nil && !s.draining && d.isHeld() {
+			d.timer = nil
+			s.queue <- d
 		}
-		delete(s.lanes.timers, msg)
-		s.queue <- msg
 	})
-}
-
-// triedHere is how often a message failed in its lane, beside the attempts that the server counts.
-func (s *subscription) triedHere(msg *nats.Msg) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.lanes.attempts[msg]
-}
-
-func (s *subscription) holds(msg *nats.Msg) bool {
-	_, ok := s.held[msg]
-	return ok
 }
 
 // Ownership of an ordered subscription. The consumer is pinned to one client (a priority group of nats-server 2.11),
@@ -121,8 +88,8 @@ const (
 )
 
 // owned looks at the pin of a message that arrived and says if it is to be handled. The lock is held.
-func (s *subscription) owned(msg *nats.Msg) bool {
-	if pin := msg.Header.Get("Nats-Pin-Id"); pin != s.pin { // the consumer is ours, as of now
+func (s *subscription) owned(d *delivered) bool {
+	if pin := d.Header.Get("Nats-Pin-Id"); pin != s.pin { // the consumer is ours, as of now
 		s.disown()
 		s.pin, s.takeOver, s.lastPull = pin, true, time.Now() // if that is late, claim finds out
 		s.signal()
@@ -132,16 +99,23 @@ func (s *subscription) owned(msg *nats.Msg) bool {
 		return true
 	}
 	// What was on its way before the reset has a number above that of the message which told of the pin.
-	meta, err := msg.Metadata()
-	s.takeOver = err != nil || meta.Sequence.Consumer != 1
+	at, err := placeOf(d.Reply)
+	s.takeOver = err != nil || at.consumer != 1
 	return !s.takeOver
 }
 
 // disown forgets all messages of an ownership that has ended. Handlers that run cannot be called back. The lock is held.
 func (s *subscription) disown() {
 	s.pin, s.fence, s.takeOver, s.wasReset = "", 0, false, false
-	s.lanes.clear()
+	clear(s.lanes.byKey)
+	for _, d := range s.held {
+		d.index = -1
+		if d.timer != nil {
+			d.timer.Stop()
+		}
+	}
 	clear(s.held)
+	s.held = s.held[:0]
 	for {
 		select {
 		case _, open := <-s.queue:
@@ -208,7 +182,7 @@ func (s *subscription) expired() bool {
 }
 
 // mayBegin says if a worker may begin with a message, and the fencing token of the ownership under which it does.
-func (s *subscription) mayBegin(msg *nats.Msg) (fence uint64, may bool) {
+func (s *subscription) mayBegin(d *delivered) (fence uint64, may bool) {
 	if s.lanes == nil {
 		return 0, true
 	}
@@ -217,23 +191,21 @@ func (s *subscription) mayBegin(msg *nats.Msg) (fence uint64, may bool) {
 	if s.expired() || s.draining {
 		return 0, false
 	}
-	return s.fence, s.holds(msg)
+	return s.fence, d.isHeld()
 }
 
 // giveBackAll hands what is left after the drain to the next owner, in the order of the stream.
 func (s *subscription) giveBackAll() {
 	s.mu.Lock()
-	left := slices.Collect(maps.Keys(s.held))
+	left := slices.Clone(s.held)
 	s.mu.Unlock()
-	sequence := func(m *nats.Msg) uint64 {
-		if meta, err := m.Metadata(); err == nil {
-			return meta.Sequence.Stream
-		}
-		return 0
+	sequence := func(d *delivered) uint64 {
+		at, _ := placeOf(d.Reply)
+		return at.sequence
 	}
-	slices.SortFunc(left, func(a, b *nats.Msg) int { return cmp.Compare(sequence(a), sequence(b)) })
-	for _, msg := range left {
-		s.giveBack(msg)
+	slices.SortFunc(left, func(a, b *delivered) int { return cmp.Compare(sequence(a), sequence(b)) })
+	for _, d := range left {
+		s.giveBack(d.Msg)
 	}
 }
 

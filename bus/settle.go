@@ -20,41 +20,39 @@ func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
 }
 
 // handle runs the handler on one message and settles it. It returns false if the message stays here, to be tried again.
-func (s *subscription) handle(ctx context.Context, msg *nats.Msg, fence uint64) bool {
-	meta, err := msg.Metadata()
+func (s *subscription) handle(ctx context.Context, d *delivered, fence uint64) bool {
+	at, err := placeOf(d.Reply)
 	if err != nil {
-		s.log.Error("a message without JetStream metadata was dropped: no stream sent it", "subject", msg.Subject, "error", err)
+		s.log.Error("a message was dropped that no stream sent", "subject", d.Subject, "error", err)
 		return true
 	}
-	if !s.takes(msg.Subject) {
-		s.answer(msg, nil)
+	if !s.takes(d.Subject) {
+		s.answer(d.Msg, nil)
 		return true
 	}
 	delivery := postrider.Delivery{
-		Attempt: int(meta.NumDelivered), Stream: meta.Stream, Sequence: meta.Sequence.Stream,
-		Stored: meta.Timestamp, Group: s.cfg.group, Fence: fence,
-	}
-	if s.lanes != nil {
-		delivery.Attempt += s.triedHere(msg)
+		Attempt: at.attempt + d.attempts, Stream: at.stream, Sequence: at.sequence,
+		Stored: at.stored, Group: s.cfg.group, Fence: fence,
 	}
 	if s.own {
-		s.bus.restore(msg, &delivery)
+		s.bus.restore(d.Msg, &delivery)
 	}
-	if items, isBatch, err := splitBatch(msg); isBatch && err == nil {
-		return s.handleBatch(ctx, msg, items, delivery)
+	if items, err := splitBatch(d.Msg, d.format); items != nil && err == nil {
+		return s.handleBatch(ctx, d, items, delivery)
 	}
-	m, reply, err := s.attempt(ctx, msg, delivery)
-	return s.settle(msg, m, reply, err)
+	reply, err := s.attempt(ctx, d, delivery)
+	return s.settle(d, reply, err)
 }
 
-// attempt runs the handler on one message.
-func (s *subscription) attempt(ctx context.Context, msg *nats.Msg, delivery postrider.Delivery) (m, reply *postrider.Message, err error) {
-	m, isEvent, err := decode(msg, s.bus.topic(msg.Subject))
-	m.Delivery = delivery
+// attempt reads a message and runs the handler on it.
+func (s *subscription) attempt(ctx context.Context, d *delivered, delivery postrider.Delivery) (reply *postrider.Message, err error) {
+	d.read()
+	m := d.message
+	m.Topic, m.Delivery = s.bus.topic(d.Subject), delivery
 	switch {
-	case err != nil:
-		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "bus: not a valid CloudEvent: %w", err))
-	case !isEvent && !s.handler.IsRaw():
+	case d.err != nil:
+		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "bus: not a valid CloudEvent: %w", d.err))
+	case !d.isEvent && !s.handler.IsRaw():
 		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument,
 			"bus: not a CloudEvent: there is no ce-specversion header and no CloudEvents content type"))
 	default:
@@ -62,24 +60,25 @@ func (s *subscription) attempt(ctx context.Context, msg *nats.Msg, delivery post
 			reply, err = s.handler.Handle(ctx, m)
 		}
 	}
-	return m, reply, err
+	return reply, err
 }
 
 // settle decides what becomes of a handled message: acknowledged, delivered again later, or in the dead letters with
 // its cause. Nothing is dropped silently, and nothing is settled before what follows from it is stored. It returns false
 // if the message stays here, to be tried again in its lane.
-func (s *subscription) settle(msg *nats.Msg, m, reply *postrider.Message, err error) bool {
+func (s *subscription) settle(d *delivered, reply *postrider.Message, err error) bool {
+	m := d.message
 	s.broken(err)
 	if err != nil {
 		if delay, again := backoff.Next(s.cfg.retry, m.Delivery.Attempt, err); again {
-			return s.retry(msg, m, delay, err)
+			return s.retry(d, m, delay, err)
 		}
 	}
-	verdict, err := s.conclude(msg, m, reply, err)
+	verdict, err := s.conclude(d.Msg, m, reply, err)
 	if err != nil {
-		return s.retry(msg, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), err)
+		return s.retry(d, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), err)
 	}
-	s.answer(msg, verdict)
+	s.answer(d.Msg, verdict)
 	return true
 }
 
@@ -120,19 +119,19 @@ func (s *subscription) conclude(msg *nats.Msg, m, reply *postrider.Message, err 
 
 // retry hands the message back to be delivered after a delay, or keeps it at the head of its lane. It returns whether the
 // message is settled.
-func (s *subscription) retry(msg *nats.Msg, m *postrider.Message, delay time.Duration, err error) bool {
+func (s *subscription) retry(d *delivered, m *postrider.Message, delay time.Duration, err error) bool {
 	s.bus.stats.retried.Add(1)
 	s.log.Debug("attempt failed", "id", m.ID, "type", m.Type, "attempt", m.Delivery.Attempt, "delay", delay, "error", err)
 	if s.lanes != nil {
-		s.retryInPlace(msg, delay)
+		s.retryInPlace(d, delay)
 		return false
 	}
-	if delay >= longestNak && !s.cfg.broadcast && s.handOver(msg, m, delay) {
+	if delay >= longestNak && !s.cfg.broadcast && s.handOver(d.Msg, m, delay) {
 		return true
 	}
 	verdict, _ := json.Marshal(struct { //nolint:errchkjson // a number
 		Delay int64 `json:"delay"`
 	}{delay.Nanoseconds()})
-	s.answer(msg, append([]byte("-NAK "), verdict...))
+	s.answer(d.Msg, append([]byte("-NAK "), verdict...))
 	return true
 }

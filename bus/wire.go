@@ -184,7 +184,13 @@ func formatOf(msg *nats.Msg) (f format, contentType string) {
 func decode(msg *nats.Msg, topic string) (*postrider.Message, bool, error) {
 	m := &postrider.Message{Topic: topic}
 	f, contentType := formatOf(msg)
-	var err error
+	isEvent, err := decodeAs(m, msg, f, contentType)
+	return m, isEvent, err
+}
+
+// decodeAs is decode into a message whose fields are empty but for the topic, of a known format.
+func decodeAs(m *postrider.Message, msg *nats.Msg, f format, contentType string) (isEvent bool, err error) {
+	topic := m.Topic
 	switch f {
 	case formatBinary:
 		err = decodeHeaders(msg, contentType, m)
@@ -200,28 +206,16 @@ func decode(msg *nats.Msg, topic string) (*postrider.Message, bool, error) {
 		fallthrough
 	case formatNone:
 		m.Data, m.ContentType = msg.Data, contentType
-		return m, false, nil
+		return false, nil
 	default:
-		if _, _, err = splitBatch(msg); err == nil {
+		if _, err = splitBatch(msg, f); err == nil {
 			err = fmt.Errorf("the content type is %q: want one event, in JSON or protobuf", contentType)
 		}
 	}
 	if err == nil {
 		err = checkRequired(m)
 	}
-	return m, true, err
-}
-
-// partitionKey reads the key of a message that is not decoded yet.
-func partitionKey(msg *nats.Msg) string {
-	if values := msg.Header[headerKey]; len(values) > 0 {
-		return envelope.Unescape(values[0])
-	}
-	if len(msg.Header[headerSpec]) > 0 { // binary mode
-		return ""
-	}
-	m, _, _ := decode(msg, "") // what cannot be read has no key, and ends in the dead letters; a batch has none either
-	return m.Key()
+	return true, err
 }
 
 // decodeHeaders reads binary mode.
