@@ -22,6 +22,13 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
+	if name := os.Getenv(memberEnv); name != "" {
+		if err := member(name); err != nil {
+			fmt.Fprintln(os.Stderr, name, err)
+			os.Exit(1)
+		}
+		return
+	}
 	os.Exit(postridertest.Main(m))
 }
 
