@@ -39,6 +39,16 @@ func newDelivered(msg *nats.Msg) *delivered {
 	return d
 }
 
+// hasUnusual says if a header is there by another case of its name: names have no case in the binding, and have in NATS.
+func hasUnusual(h nats.Header, name string) bool {
+	for key := range h {
+		if len(key) == len(name) && key != name && strings.EqualFold(key, name) {
+			return true
+		}
+	}
+	return false
+}
+
 // isHeld says that the message is neither settled nor given up.
 func (d *delivered) isHeld() bool { return d.index >= 0 }
 
@@ -82,7 +92,9 @@ func (d *delivered) key() string {
 		if values := d.Header[headerKey]; len(values) > 0 {
 			return envelope.Unescape(values[0])
 		}
-		return ""
+		if !hasUnusual(d.Header, headerKey) {
+			return ""
+		}
 	}
 	d.read()
 	return d.message.Key()

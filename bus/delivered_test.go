@@ -30,3 +30,20 @@ func FuzzPlaceOf(f *testing.F) {
 		}
 	})
 }
+
+// TestKeyOfUnusualHeaders finds the key of a message where reading it does, whatever the case of the header's names: the lane
+// of a key must have all its messages.
+func TestKeyOfUnusualHeaders(t *testing.T) {
+	t.Parallel()
+	for _, prefix := range []string{"ce-", "Ce-", "CE-"} {
+		for _, name := range []string{"ce-partitionkey", "Ce-Partitionkey", "CE-PartitionKey"} {
+			d := newDelivered(&nats.Msg{Header: nats.Header{
+				prefix + "specversion": {"1.0"}, prefix + "id": {"1"}, prefix + "source": {"//test"}, prefix + "type": {"t"}, name: {"k%201"},
+			}})
+			key := d.key()
+			if d.read(); key != "k 1" || d.message.Key() != key || d.err != nil {
+				t.Errorf("%sspecversion, %s: the lane's key is %q, the message's %q, %v", prefix, name, key, d.message.Key(), d.err)
+			}
+		}
+	}
+}
