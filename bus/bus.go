@@ -156,6 +156,7 @@ type Bus struct {
 
 	mu      sync.Mutex
 	subs    []*subscription
+	asyncs  map[*Async]struct{} // at work, or with failures that nobody has seen
 	running bool
 	started chan struct{}
 
@@ -185,7 +186,7 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 	if err != nil {
 		return nil, fromNATS("bus: new", err)
 	}
-	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus"), started: make(chan struct{})}
+	b := &Bus{nc: nc, js: js, cfg: cfg, log: cfg.Logger.With("component", "bus"), started: make(chan struct{}), asyncs: map[*Async]struct{}{}}
 	b.pub = newPublisher(nc, js)
 	b.pub.timeout = min(b.pub.timeout, cfg.PublishTimeout)
 	b.proof = newProof(nc, cfg.Monitors)
@@ -210,7 +211,7 @@ func (b *Bus) Started() <-chan struct{} { return b.started }
 // Run declares the streams, starts the subscriptions and blocks. When ctx ends it takes no new messages, gives back at
 // once those that were fetched and not started, waits for running handlers, and returns nil. Publishing goes on to work
 // after Run has returned, as long as the connection is open. Run waits for a server that is away; it fails when the
-// server refuses a stream or a consumer, and when handlers outlive DrainTimeout.
+// server refuses a stream or a consumer, when handlers outlive DrainTimeout, and when an [Async] could not publish.
 func (b *Bus) Run(ctx context.Context) error {
 	b.mu.Lock()
 	if b.running {
@@ -226,6 +227,10 @@ func (b *Bus) Run(ctx context.Context) error {
 		subs = append(subs, b.forwarder())
 	}
 	b.mu.Unlock()
+	return errors.Join(b.run(ctx, subs), b.flush(ctx))
+}
+
+func (b *Bus) run(ctx context.Context, subs []*subscription) error {
 	if err := b.start(ctx, subs); err != nil || ctx.Err() != nil {
 		return err
 	}

@@ -23,6 +23,8 @@
 // Systems", 1984) with the client as the log's writer. Where messages are cheap every caller sends for itself, and several
 // messages of one call go out in a row that the server acknowledges now and then (docs/adr/0002 and 0004).
 //
+// [Bus.Async] publishes without waiting, and tells what became of each message.
+//
 // What goes out is in binary mode, or as [Config.Mode] says in structured mode, in the protobuf format, which is smaller
 // and cheaper, or in JSON; readers take these and every other form of docs/wire.md, several events in one message too.
 //

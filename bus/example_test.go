@@ -57,3 +57,39 @@ func Example() {
 	}
 	// Output: mail to Åse about order o-17
 }
+
+func ExampleBus_Async() {
+	ctx := context.Background()
+	stack, err := devstack.StartNATS(ctx, devstack.NATSConfig{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer stack.Close()
+	nc, err := nats.Connect(stack.URL)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer nc.Close()
+	b, err := bus.New(nc, bus.Config{
+		Source:  "//shop/orders",
+		Streams: []bus.Stream{{Name: "ORDERS", Topics: []string{"orders.>"}}},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	a := b.Async(1000, func(m *postrider.Message, err error) {
+		if err != nil {
+			fmt.Println("lost:", m.ID, err)
+		}
+	})
+	for n := range 5000 { // waits when a thousand have no result yet
+		if err := OrderPlaced.Publish(ctx, a, &Order{ID: fmt.Sprintf("o-%d", n)}); err != nil {
+			log.Fatal(err)
+		}
+	}
+	if err := a.Flush(ctx); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("published", b.Stats().Published)
+	// Output: published 5000
+}

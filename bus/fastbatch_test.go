@@ -19,7 +19,7 @@ import (
 // fastLane returns a lane that knows that single messages are cheap, to a stream of the test's own, and what that has stored.
 func fastLane(t *testing.T, cfg jetstream.StreamConfig) (l *lane, nc *nats.Conn, stored func() []string) {
 	t.Helper()
-	nc = postridertest.NATS(t)
+	nc = postridertest.NewNATS(t).Connect(nats.ReconnectWait(10 * time.Millisecond))
 	js, err := jetstream.New(nc)
 	if err != nil {
 		t.Fatal(err)
@@ -250,19 +250,8 @@ func TestPublishAllWhileConnectionsBreak(t *testing.T) {
 	}
 	b.pub.lanes["S"] = l
 	l.pub = b.pub
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			case <-time.After(20 * time.Millisecond):
-				_ = nc.ForceReconnect()
-			}
-		}
-	})
-	const calls, each = 8, 500
+	stop := breakConnection(nc)
+	const calls, each = 4, 500
 	for c := range calls {
 		msgs := make([]*postrider.Message, each)
 		for i := range msgs {
@@ -274,7 +263,26 @@ func TestPublishAllWhileConnectionsBreak(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	close(stop)
-	wg.Wait()
+	stop()
 	sameStrings(t, stored(), upTo(calls*each))
+}
+
+// breakConnection breaks a connection ten times, or until stop is called.
+func breakConnection(nc *nats.Conn) (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for range 10 {
+			select {
+			case <-done:
+				return
+			case <-time.After(20 * time.Millisecond):
+				_ = nc.ForceReconnect()
+			}
+		}
+	})
+	return func() {
+		close(done)
+		wg.Wait()
+	}
 }
