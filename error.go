@@ -110,6 +110,23 @@ func Permanent(err error) error {
 	return &steering{err: err, permanent: true}
 }
 
+// Park marks an error after which nothing else of the message's key may be handled until somebody has looked at it. In an
+// ordered subscription (bus.Ordered) the message and those of its partition key that follow are kept aside, in their
+// order, until they are released; other keys go on. Wherever there is no order to keep, a message without a key included,
+// Park is [Permanent]. Park(nil) is nil.
+func Park(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &steering{err: err, permanent: true, park: true}
+}
+
+// Parks reports whether an error asks, by [Park], that its message's key be parked.
+func Parks(err error) bool {
+	s, ok := errors.AsType[*steering](err)
+	return ok && s.park
+}
+
 // RetryAfter marks an error whose next attempt should wait d instead of the policy's backoff. It counts as an attempt.
 // RetryAfter(d, nil) is nil.
 func RetryAfter(d time.Duration, err error) error {
@@ -123,13 +140,14 @@ func RetryAfter(d time.Duration, err error) error {
 type steering struct {
 	err       error
 	permanent bool
+	park      bool
 	after     time.Duration
 }
 
 func (s *steering) Error() string { return s.err.Error() }
 func (s *steering) Unwrap() error { return s.err }
 
-// Retryable reports whether trying the same thing again may help. [Permanent] says no and [RetryAfter] yes; an [Error]
+// Retryable reports whether trying the same thing again may help. [Permanent] and [Park] say no, [RetryAfter] yes; an [Error]
 // says it by its code: InvalidArgument, NotFound, AlreadyExists, PermissionDenied, FailedPrecondition, OutOfRange,
 // Unimplemented, DataLoss and Unauthenticated are answers, unless it names a wait; everything else is weather. Other
 // errors are retried.

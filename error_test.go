@@ -252,6 +252,20 @@ func TestRetryable(t *testing.T) {
 	}
 }
 
+func TestPark(t *testing.T) {
+	t.Parallel()
+	inner := postrider.Errorf(postrider.Unavailable, "no stock")
+	parked := fmt.Errorf("reserve: %w", postrider.Park(inner))
+	if !postrider.Parks(parked) || postrider.Retryable(parked) || !errors.Is(parked, postrider.Unavailable) {
+		t.Errorf("%v: parks %v, retryable %v", parked, postrider.Parks(parked), postrider.Retryable(parked))
+	}
+	for _, err := range []error{nil, io.EOF, inner, postrider.Permanent(parked), postrider.RetryAfter(time.Second, parked), postrider.Park(nil)} {
+		if postrider.Parks(err) {
+			t.Errorf("%v parks", err)
+		}
+	}
+}
+
 func TestRetryDelay(t *testing.T) {
 	t.Parallel()
 	asked := &postrider.Error{Code: postrider.Unavailable, RetryAfter: time.Second}
