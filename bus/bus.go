@@ -164,7 +164,7 @@ type Bus struct {
 }
 
 type counters struct {
-	published, handled, retried, deadLettered atomic.Int64
+	published, handled, retried, deadLettered, parked atomic.Int64
 }
 
 // Stats counts what a [Bus] has done since it was made.
@@ -173,6 +173,7 @@ type Stats struct {
 	Handled      int64 // messages whose handler succeeded, or refused a command
 	Retried      int64 // failed attempts that are tried again
 	DeadLettered int64 // messages moved to the dead letters
+	Parked       int64 // messages moved to their parked key
 }
 
 // New makes a bus on a connection, which stays the caller's: the bus neither closes it nor sets its handlers. New
@@ -200,7 +201,7 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 func (b *Bus) Stats() Stats {
 	return Stats{
 		Published: b.stats.published.Load(), Handled: b.stats.handled.Load(),
-		Retried: b.stats.retried.Load(), DeadLettered: b.stats.deadLettered.Load(),
+		Retried: b.stats.retried.Load(), DeadLettered: b.stats.deadLettered.Load(), Parked: b.stats.parked.Load(),
 	}
 }
 

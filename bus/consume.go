@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/backoff"
@@ -27,7 +28,8 @@ type subscription struct {
 	subject string // what its consumer takes
 	durable string
 	stream  string
-	own     bool // reads from the bus's own stream: see redelivery
+	own     bool          // reads from the bus's own stream: see redelivery
+	main    *subscription // of one that does: whose redelivery it is
 	log     *slog.Logger
 	breaker *breaker      // nil: none
 	pacer   *pacer        // nil: none
@@ -47,7 +49,7 @@ type subscription struct {
 	lost         bool          // the consumer is gone: bind again
 
 	// In a stream with partitions, see members.go.
-	shares    int    // how many parts an ordered subscription has
+	shares    int    // how many parts an ordered subscription has, also in each part
 	partition string // the one that this part reads
 
 	// Of an ordered subscription only, see lanes.go.
@@ -58,6 +60,11 @@ type subscription struct {
 	wasReset bool   // the consumer was told to begin anew
 	queue    chan *delivered
 	wake     chan struct{} // tells the pull loop that there may be room
+
+	// Of an ordered subscription only, see park.go.
+	parkedStream jetstream.Stream
+	parked       parked // nil until the owner has read it
+	answers      string // of the redelivery: begins the subjects on which the owner answers it
 }
 
 const (
@@ -129,8 +136,10 @@ func (s *subscription) serve(ctx, tenure context.Context) error {
 		helpers.Go(func() { s.keepOwnership(stopHelpers) })
 	}
 
+	unlisten := s.listen()
 	s.pullLoop(tenure)
 	s.drain()
+	unlisten()
 	close(s.queue)
 	err := s.await(ctx, &workers, cancelHandlers)
 	if s.lanes != nil {

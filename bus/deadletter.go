@@ -3,6 +3,7 @@ package bus
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -58,6 +59,7 @@ type DeadLetter struct {
 
 	Group        string         // the group whose handler failed
 	Topic        string         // where the message was published
+	Key          string         // its partition key, "" for none
 	Subscription string         // the topic that the group has subscribed to: Topic, or wildcards
 	Code         postrider.Code // class of the last error
 	Cause        string         // text of the last error
@@ -89,11 +91,7 @@ func (b *Bus) declareDeadLetters(ctx context.Context) error {
 // deadLetter stores a message in the dead letters and returns when the server has it.
 func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrider.Message, cause error) error {
 	header := ownHeaders(msg.Header, 11)
-	text := cause.Error()
-	kind := fingerprint(postrider.CodeOf(cause), text)
-	if len(text) > maxCause {
-		text = strings.ToValidUTF8(text[:maxCause], "") + " ..."
-	}
+	text := setCause(header, cause, m.Delivery.Attempt)
 	item := msg.Header.Get(headerItem)
 	if item != "" {
 		item = "." + item
@@ -103,10 +101,6 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 		{headerGroup, s.cfg.group},
 		{headerTopic, m.Topic},
 		{headerSubscribed, s.handler.Topic()},
-		{headerCode, postrider.CodeOf(cause).String()},
-		{headerCause, strconv.Quote(text)}, // a header has one line
-		{headerFingerprint, kind},
-		{headerAttempts, strconv.Itoa(m.Delivery.Attempt)},
 		{headerStream, m.Delivery.Stream},
 		{headerSequence, strconv.FormatUint(m.Delivery.Sequence, 10)},
 		{headerTime, formatTime(time.Now())},
@@ -123,6 +117,30 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 	s.log.Warn("message moved to the dead letters", "id", m.ID, "type", m.Type, "attempts", m.Delivery.Attempt,
 		"code", postrider.CodeOf(cause), "cause", text)
 	return nil
+}
+
+// setCause writes why a message could not be handled into its headers. It returns the text, cut to what they hold.
+func setCause(header nats.Header, cause error, attempts int) string {
+	text, code := cause.Error(), postrider.CodeOf(cause)
+	header[headerFingerprint] = []string{fingerprint(code, text)}
+	if len(text) > maxCause {
+		text = strings.ToValidUTF8(text[:maxCause], "") + " ..."
+	}
+	header[headerCode] = []string{code.String()}
+	header[headerCause] = []string{strconv.Quote(text)} // a header has one line
+	header[headerAttempts] = []string{strconv.Itoa(attempts)}
+	return text
+}
+
+// original returns the headers with which a letter is tried again: as it came, and where it came from.
+func (d *DeadLetter) original() nats.Header {
+	header := nats.Header(maps.Clone(d.Header))
+	for _, k := range [...]string{headerTopic, headerStream, headerSequence, headerItem, headerRedrives, headerLetter} {
+		if v, ok := d.notes[k]; ok {
+			header[k] = v
+		}
+	}
+	return header
 }
 
 // life tells the ids of a re-driven message from those that it had before: it ends in the same place, after the same
@@ -150,7 +168,9 @@ func parseDeadLetter(sequence uint64, h nats.Header, data []byte) DeadLetter {
 		Cause: unquote(h.Get(headerCause)), Fingerprint: h.Get(headerFingerprint), Stream: h.Get(headerStream),
 		Header: map[string][]string{}, Data: data, notes: nats.Header{},
 	}
-	d.Code, _ = postrider.ParseCode(h.Get(headerCode))
+	if code := h.Get(headerCode); code != "" {
+		d.Code, _ = postrider.ParseCode(code)
+	}
 	d.Attempts, _ = strconv.Atoi(h.Get(headerAttempts))
 	d.Redrives, _ = strconv.Atoi(h.Get(headerRedrives))
 	d.Origin, _ = strconv.ParseUint(h.Get(headerSequence), 10, 64)
@@ -169,6 +189,11 @@ func parseDeadLetter(sequence uint64, h nats.Header, data []byte) DeadLetter {
 		m = &postrider.Message{Topic: d.Topic, Data: data}
 	}
 	d.Message = m
+	if key := h.Get(headerParkedKey); key != "" { // the payload may be elsewhere
+		d.Key = unquote(key)
+	} else {
+		d.Key = newDelivered(&nats.Msg{Header: d.Header, Data: data}).key()
+	}
 	return d
 }
 

@@ -33,7 +33,12 @@ const (
 	actionReplay  = "replay"
 	actionDiscard = "discard"
 	actionEdit    = "edit"
+	actionRelease = "release"
 )
+
+func (a Action) pacer() *pacer {
+	return &pacer{interval: time.Second / time.Duration(cmp.Or(a.Rate, 100))}
+}
 
 func (a Action) validate(op string) error {
 	for _, f := range [...]struct{ name, text string }{{"By", a.By}, {"Why", a.Why}} {
@@ -47,8 +52,8 @@ func (a Action) validate(op string) error {
 
 // Replay re-drives dead letters: each goes to the group that failed, and to no other, as it was first published, with its
 // id and source, and attempts that start again at 1. When it fails again it comes back as a new letter with a higher
-// Redrives. The result is how many were re-driven. A group that is [Ordered] gets it beside its other messages, not in
-// their order, which it has lost.
+// Redrives. The result is how many were re-driven. A group that is [Ordered] gets it in the turn of its key, never beside
+// another message of the key, but after those that were handled meanwhile; if the key is parked, behind what waits.
 //
 // A letter is removed once a stream has the message for the group. A crash in between leaves it, and a repeat within the
 // duplicate window of two minutes is dropped, two operators at once included; a later one is delivered twice, as any
@@ -96,12 +101,11 @@ type deed func(ctx context.Context, l *DeadLetter, a Action) error
 // act does one action to letters, one after the other, and reads each anew before: somebody else may have been faster,
 // which is no error for those that a filter selected.
 func (d *DeadLetters) act(ctx context.Context, name string, sequences []uint64, selected bool, a Action, do deed) (int, error) {
-	op := "bus: " + name + " dead letters"
+	op := "bus: " + name + " " + d.what
 	if err := a.validate(op); err != nil {
 		return 0, err
 	}
-	turn := pacer{interval: time.Second / time.Duration(cmp.Or(a.Rate, 100))}
-	done := 0
+	turn, done := a.pacer(), 0
 	var failed []error
 	for _, sequence := range sequences {
 		if !turn.wait(ctx.Done()) || ctx.Err() != nil {
@@ -129,43 +133,61 @@ func (d *DeadLetters) act(ctx context.Context, name string, sequences []uint64, 
 // replay hands a letter to its group, and only then removes it.
 func (d *DeadLetters) replay(ctx context.Context, l *DeadLetter, a Action) error {
 	const op = "bus: replay dead letters"
-	if err := d.reachable(ctx, op, l); err != nil {
+	ordered, err := d.reachable(ctx, op, l)
+	if err != nil {
 		return err
 	}
-	header := nats.Header(maps.Clone(l.Header))
-	for _, k := range [...]string{headerTopic, headerStream, headerSequence, headerItem} {
-		if v, ok := l.notes[k]; ok {
-			header[k] = v
-		}
-	}
+	header := l.original()
 	header[headerRedrives] = []string{strconv.Itoa(l.Redrives + 1)}
 	header[headerLetter] = []string{strconv.FormatUint(l.Sequence, 10)}
 	// Under its own id the message may still be in the duplicate window, which would swallow it.
 	msg := d.message("", "redrive."+d.epoch(l), header, l.Data)
-	if err := d.bus.sendToGroup(ctx, l.Group, l.Subscription, msg, time.Time{}); err != nil {
+	if ordered && l.Key != "" {
+		err = d.bus.redriveInOrder(ctx, msg, l)
+	} else {
+		err = d.bus.sendToGroup(ctx, l.Group, l.Subscription, msg, time.Time{})
+	}
+	if err != nil {
 		return d.failed(op, err)
 	}
 	return d.settle(ctx, op, l, a.header(actionReplay), nil)
 }
 
-// reachable makes sure that somebody will get the re-drive before the letter is given up for it.
-func (d *DeadLetters) reachable(ctx context.Context, op string, l *DeadLetter) error {
-	_, err := d.bus.js.Consumer(ctx, d.bus.ownStreamName(), durableName(l.Group, l.Subscription))
+// redriveInOrder has a letter handled in its key's turn: as the last of the key's parked messages, which are released if
+// none of them is what the key was parked for.
+func (b *Bus) redriveInOrder(ctx context.Context, msg *nats.Msg, l *DeadLetter) error {
+	id := msg.Header.Get(headerMsgID)
+	msg.Subject = b.parkedSubject(l.Group, l.Subscription, keyToken(l.Key))
+	for k, v := range map[string]string{
+		headerGroup: l.Group, headerSubscribed: l.Subscription, headerParkedKey: strconv.QuoteToASCII(l.Key), headerTime: formatTime(time.Now()),
+	} {
+		msg.Header[k] = []string{v}
+	}
+	if _, err := b.publishOnly(ctx, msg); err != nil {
+		return err
+	}
+	return b.sendRelease(ctx, l.Group, l.Subscription, l.Key, releaseRest, id)
+}
+
+// reachable makes sure that somebody will get the re-drive before the letter is given up for it. It says if the group is
+// ordered.
+func (d *DeadLetters) reachable(ctx context.Context, op string, l *DeadLetter) (ordered bool, _ error) {
+	consumer, err := d.bus.js.Consumer(ctx, d.bus.ownStreamName(), durableName(l.Group, l.Subscription))
 	switch {
 	case err == nil && l.Subscription != "":
-		return nil
+		return consumer.CachedInfo().Config.PriorityPolicy == jetstream.PriorityPolicyPinned, nil
 	case err == nil, errors.Is(err, jetstream.ErrConsumerNotFound), errors.Is(err, jetstream.ErrStreamNotFound):
-		return &postrider.Error{
+		return false, &postrider.Error{
 			Code: postrider.FailedPrecondition, Op: op,
 			Msg: fmt.Sprintf("group %s does not subscribe to %q: have it subscribe and run first", l.Group, l.Subscription),
 		}
 	default:
-		return fromNATS(op, err)
+		return false, fromNATS(op, err)
 	}
 }
 
 func (d *DeadLetters) discard(ctx context.Context, l *DeadLetter, a Action) error {
-	return d.settle(ctx, "bus: discard dead letters", l, a.header(actionDiscard), nil)
+	return d.settle(ctx, "bus: discard "+d.what, l, a.header(actionDiscard), nil)
 }
 
 // Edit replaces a dead letter by a copy that change has changed: data, attributes, the id too if it shall count as
@@ -238,7 +260,7 @@ func contentHash(header nats.Header, data []byte) string {
 
 // epoch names a letter for good: its sequence alone would come again in a stream that was deleted and made anew.
 func (d *DeadLetters) epoch(l *DeadLetter) string {
-	return fmt.Sprintf("%s.%d.%d", d.bus.cfg.DeadLetters.Name, l.Sequence, l.At.UnixNano())
+	return fmt.Sprintf("%s.%d.%d", d.stream, l.Sequence, l.At.UnixNano())
 }
 
 // header returns what the log says about an action.
@@ -255,12 +277,12 @@ func (d *DeadLetters) settle(ctx context.Context, op string, l *DeadLetter, done
 	maps.Copy(header, l.notes)
 	maps.Copy(header, done)
 	header[headerLetter] = []string{strconv.FormatUint(l.Sequence, 10)}
-	entry := d.message(deadLogPrefix+l.Group+"."+l.Topic, deadLogPrefix+done.Get(headerAction)+"."+d.epoch(l), header, data)
+	entry := d.message(d.log+l.Group+"."+l.Topic, d.log+done.Get(headerAction)+"."+d.epoch(l), header, data)
 	d.bus.fit(entry)
 	if _, err := d.store(ctx, op, entry); err != nil {
 		return err
 	}
-	stream, err := d.bus.js.Stream(ctx, d.bus.cfg.DeadLetters.Name)
+	stream, err := d.bus.js.Stream(ctx, d.stream)
 	if err != nil {
 		return fromNATS(op, err)
 	}

@@ -19,10 +19,18 @@ import (
 
 // DeadLetters reads the dead letters of a bus and acts on them. It is safe for concurrent use, and so are several
 // operators at once: see [DeadLetters.Replay].
-type DeadLetters struct{ bus *Bus }
+type DeadLetters struct {
+	bus    *Bus
+	what   string // for errors
+	stream string
+	prefix string // of the letters' addresses
+	log    string // of the log's
+}
 
 // DeadLetters returns the dead letters in the stream [Config.DeadLetters]. It works whether or not the bus runs.
-func (b *Bus) DeadLetters() *DeadLetters { return &DeadLetters{bus: b} }
+func (b *Bus) DeadLetters() *DeadLetters {
+	return &DeadLetters{bus: b, what: "dead letters", stream: b.cfg.DeadLetters.Name, prefix: deadPrefix, log: deadLogPrefix}
+}
 
 // LetterFilter selects dead letters: those for which all that is set holds. The zero value selects all.
 type LetterFilter struct {
@@ -72,7 +80,7 @@ func (d *DeadLetters) List(ctx context.Context, f LetterFilter, after uint64, li
 type LogEntry struct {
 	Sequence uint64     // of the entry
 	Letter   DeadLetter // with Data only if it was edited
-	Done     string     // "replay", "discard" or "edit"
+	Done     string     // "replay", "discard" or "edit"; of parked keys "release" or "discard"
 	By, Why  string
 	At       time.Time
 	Copy     uint64 // the edited copy
@@ -172,33 +180,44 @@ func (d *DeadLetters) Groups(ctx context.Context, f LetterFilter) ([]CauseGroup,
 // Get returns one dead letter whole. The error is NotFound when there is none of this sequence (any more), and DataLoss
 // when its payload was too large to be kept here and is no longer where it came from.
 func (d *DeadLetters) Get(ctx context.Context, sequence uint64) (DeadLetter, error) {
-	op := "bus: get dead letter " + strconv.FormatUint(sequence, 10)
-	stream, err := d.bus.js.Stream(ctx, d.bus.cfg.DeadLetters.Name)
+	op := "bus: get one of the " + d.what + ": " + strconv.FormatUint(sequence, 10)
+	stream, err := d.bus.js.Stream(ctx, d.stream)
 	if err != nil {
 		return DeadLetter{}, fromNATS(op, err)
 	}
 	raw, err := stream.GetMsg(ctx, sequence)
-	if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && !strings.HasPrefix(raw.Subject, d.bus.subject(deadPrefix)) {
+	if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && !strings.HasPrefix(raw.Subject, d.bus.subject(d.prefix)) {
 		return DeadLetter{}, &postrider.Error{Code: postrider.NotFound, Op: op, Msg: "there is none: it may have been replayed or discarded"}
 	} else if err != nil {
 		return DeadLetter{}, fromNATS(op, err)
 	}
-	if raw.Header.Get(headerPayload) == payloadAtOrigin {
-		l := parseDeadLetter(sequence, raw.Header, nil)
-		origin, err := d.bus.js.Stream(ctx, l.Stream)
-		if err != nil {
-			return DeadLetter{}, fromNATS(op, err)
-		}
-		first, err := origin.GetMsg(ctx, l.Origin)
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return DeadLetter{}, &postrider.Error{Code: postrider.DataLoss, Op: op, Msg: fmt.Sprintf(
-				"the payload was too large to be kept here, and message %d of stream %s is gone", l.Origin, l.Stream)}
-		} else if err != nil {
-			return DeadLetter{}, fromNATS(op, err)
-		}
-		raw.Data = first.Data
+	if err := d.bus.payload(ctx, raw); err != nil {
+		return DeadLetter{}, fmt.Errorf("%s: %w", op, err)
 	}
 	return parseDeadLetter(sequence, raw.Header, raw.Data), nil
+}
+
+// payload gets the payload of a stored message that was too large with our headers.
+func (b *Bus) payload(ctx context.Context, raw *jetstream.RawStreamMsg) error {
+	if raw.Header.Get(headerPayload) != payloadAtOrigin {
+		return nil
+	}
+	l := parseDeadLetter(raw.Sequence, raw.Header, nil)
+	op := fmt.Sprintf("bus: get message %d of stream %s", l.Origin, l.Stream)
+	origin, err := b.js.Stream(ctx, l.Stream)
+	if err != nil {
+		return fromNATS(op, err)
+	}
+	first, err := origin.GetMsg(ctx, l.Origin)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return &postrider.Error{
+			Code: postrider.DataLoss, Op: op, Msg: "the payload was too large to be kept with the cause, and the message is gone",
+		}
+	} else if err != nil {
+		return fromNATS(op, err)
+	}
+	raw.Data = first.Data
+	return nil
 }
 
 // scan calls fn with the letters that a filter selects, with sequences above after, until fn returns false.
@@ -222,7 +241,7 @@ const (
 // returns false.
 func (d *DeadLetters) read(ctx context.Context, topic string, after uint64, fn func(sequence uint64, msg *nats.Msg) bool) error {
 	const op = "bus: read dead letters"
-	if _, err := d.bus.js.Stream(ctx, d.bus.cfg.DeadLetters.Name); errors.Is(err, jetstream.ErrStreamNotFound) {
+	if _, err := d.bus.js.Stream(ctx, d.stream); errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil
 	} else if err != nil {
 		return fromNATS(op, err)
@@ -264,7 +283,7 @@ func (d *DeadLetters) fetch(ctx context.Context, topic string, from uint64) (bat
 		return nil, false, err
 	}
 	defer func() { _ = sub.Unsubscribe() }()
-	if err := d.bus.nc.PublishRequest("$JS.API.DIRECT.GET."+d.bus.cfg.DeadLetters.Name, sub.Subject, request); err != nil {
+	if err := d.bus.nc.PublishRequest("$JS.API.DIRECT.GET."+d.stream, sub.Subject, request); err != nil {
 		return nil, false, err
 	}
 	for {

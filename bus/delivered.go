@@ -24,6 +24,9 @@ type delivered struct {
 	attempts int         // failed in its lane, beside those that the server counts
 	timer    *time.Timer // until it is tried again in its lane; nil: it is not waiting for that
 
+	question string   // no message: the releaser asks about a key, and waits for the answer here
+	release  *release // a command to release a key, at work
+
 	format  format
 	content string             // its content type
 	message *postrider.Message // what it carries; nil: not read yet
@@ -95,6 +98,9 @@ func (d *delivered) key() string {
 		if !hasUnusual(d.Header, headerKey) {
 			return ""
 		}
+	}
+	if d.Header[headerRelease] != nil {
+		return unquote(d.Header.Get(headerParkedKey))
 	}
 	d.read()
 	return d.message.Key()

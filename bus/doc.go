@@ -53,6 +53,10 @@
 // instances of the group share the keys, and take over those of one that stops or dies; otherwise one of them is active.
 // Delivery.Fence is a fencing token, by which what a handler writes to can refuse an instance that was replaced.
 //
+// A message in the dead letters no longer holds up its key. Where the next must not be handled without it, the handler returns
+// [postrider.Park]: the message and all of its key that follow are kept aside in their order, other keys go on, and
+// [Bus.Parked] shows, releases and discards them.
+//
 // # Later
 //
 // [postrider.Delay] and [postrider.At] put a message off, through an outbox too; [Bus.Cancel] takes it back. [Bus.Schedule]

@@ -64,17 +64,28 @@ func (s *subscription) retryInPlace(d *delivered, delay time.Duration) {
 	d.again()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.later(d, delay)
+}
+
+// later gives a message that is with nobody to a worker, after a delay or at once. The lock is held.
+func (s *subscription) later(d *delivered, delay time.Duration) {
 	if s.draining || !d.isHeld() {
 		return // the drain gives it back, or the next owner has it
 	}
-	d.timer = time.AfterFunc(delay, func() {
+	if delay == 0 {
+		d.timer = nil
+		s.queue <- d
+		return
+	}
+	var timer *time.Timer
+	timer = time.AfterFunc(delay, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if d.timer != nil && !s.draining && d.isHeld() {
-			d.timer = nil
-			s.queue <- d
+		if d.timer == timer {
+			s.later(d, 0)
 		}
 	})
+	d.timer = timer
 }
 
 // Ownership of an ordered subscription. The consumer is pinned to one client (a priority group of nats-server 2.11),
@@ -107,6 +118,7 @@ func (s *subscription) owned(d *delivered) bool {
 // disown forgets all messages of an ownership that has ended. Handlers that run cannot be called back. The lock is held.
 func (s *subscription) disown() {
 	s.pin, s.fence, s.takeOver, s.wasReset = "", 0, false, false
+	s.parked = nil
 	clear(s.lanes.byKey)
 	for _, d := range s.held {
 		d.index = -1

@@ -173,7 +173,7 @@ func (s *subscription) runShares(ctx context.Context) error {
 // share returns the part of the subscription that reads one partition.
 func (s *subscription) share(partition int) *subscription {
 	return &subscription{
-		bus: s.bus, cfg: s.cfg, handler: s.handler, subject: s.subject, stream: s.stream,
+		bus: s.bus, cfg: s.cfg, handler: s.handler, subject: s.subject, stream: s.stream, shares: s.shares, parkedStream: s.parkedStream,
 		durable: shareName(s.durable, partition), partition: strconv.Itoa(partition),
 		log: s.log.With("partition", partition), slots: s.slots, breaker: s.breaker, pacer: s.pacer,
 	}

@@ -37,11 +37,13 @@ const (
 
 // ownStreamName returns the name of the bus's own stream: systems that share a server under different prefixes have
 // one each.
-func (b *Bus) ownStreamName() string {
+func (b *Bus) ownStreamName() string { return b.prefixed(ownStream) }
+
+func (b *Bus) prefixed(stream string) string {
 	if b.cfg.Prefix == "" {
-		return ownStream
+		return stream
 	}
-	return ownStream + "_" + strings.ReplaceAll(b.cfg.Prefix, ".", "_")
+	return stream + "_" + strings.ReplaceAll(b.cfg.Prefix, ".", "_")
 }
 
 // declareOwn makes the bus's own stream exist, once.
@@ -89,7 +91,7 @@ func (s *subscription) redelivery() *subscription {
 	r := &subscription{
 		bus: s.bus, cfg: s.cfg, handler: s.handler, durable: durableName(s.cfg.group, s.handler.Topic()), log: s.log,
 		subject: s.bus.groupSubject(s.cfg.group, s.handler.Topic()), own: true,
-		slots: s.slots, breaker: s.breaker, pacer: s.pacer,
+		slots: s.slots, breaker: s.breaker, pacer: s.pacer, main: s,
 	}
 	r.cfg.from, r.cfg.broadcast = DeliverAll, false
 	return r

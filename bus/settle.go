@@ -14,6 +14,9 @@ import (
 
 // answer settles a message with the server. What is lost on the way only brings the message again.
 func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
+	if msg.Reply == "" {
+		return // a releaser's question, which it asks again
+	}
 	if err := s.bus.nc.Publish(msg.Reply, verdict); err != nil {
 		s.log.Debug("acknowledgement not sent, the message comes again", "error", err)
 	}
@@ -21,6 +24,13 @@ func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
 
 // handle runs the handler on one message and settles it. It returns false if the message stays here, to be tried again.
 func (s *subscription) handle(ctx context.Context, d *delivered, fence uint64) bool {
+	switch {
+	case d.question != "":
+		s.check(d)
+		return true
+	case s.own && d.Header.Get(headerRelease) != "":
+		return s.releaseStep(ctx, d, fence)
+	}
 	at, err := placeOf(d.Reply)
 	if err != nil {
 		s.log.Error("a message was dropped that no stream sent", "subject", d.Subject, "error", err)
@@ -36,6 +46,9 @@ func (s *subscription) handle(ctx context.Context, d *delivered, fence uint64) b
 	}
 	if s.own {
 		s.bus.restore(d.Msg, &delivery)
+	}
+	if k, yes := s.isParked(d); yes {
+		return s.parkBehind(d, k, delivery)
 	}
 	if items, err := splitBatch(d.Msg, d.format); items != nil && err == nil {
 		return s.handleBatch(ctx, d, items, delivery)
@@ -63,7 +76,7 @@ func (s *subscription) attempt(ctx context.Context, d *delivered, delivery postr
 	return reply, err
 }
 
-// settle decides what becomes of a handled message: acknowledged, delivered again later, or in the dead letters with
+// settle decides what becomes of a handled message: acknowledged, delivered again later, parked, or in the dead letters with
 // its cause. Nothing is dropped silently, and nothing is settled before what follows from it is stored. It returns false
 // if the message stays here, to be tried again in its lane.
 func (s *subscription) settle(d *delivered, reply *postrider.Message, err error) bool {
@@ -74,7 +87,12 @@ func (s *subscription) settle(d *delivered, reply *postrider.Message, err error)
 			return s.retry(d, m, delay, err)
 		}
 	}
-	verdict, err := s.conclude(d.Msg, m, reply, err)
+	var verdict []byte
+	if s.parks(d, err) {
+		err = s.park(d, err)
+	} else {
+		verdict, err = s.conclude(d.Msg, m, reply, err)
+	}
 	if err != nil {
 		return s.retry(d, m, backoff.Delay(s.cfg.retry, m.Delivery.Attempt), err)
 	}

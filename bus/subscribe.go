@@ -84,7 +84,7 @@ func Broadcast() SubscribeOption { return func(c *subscribeConfig) { c.broadcast
 
 // Ordered has messages with the same partition key ([postrider.KeyBy]) handled one at a time, in the order of the stream;
 // other keys run beside them, up to [Concurrency]. A failed attempt keeps its key waiting, and no other, until it succeeds or
-// the message is in the dead letters.
+// the message is in the dead letters, or, with [postrider.Park], for as long as it takes: see [Bus.Parked].
 //
 // The instances of the group share the keys, if the stream has partitions ([Stream].Partitions) and the topic does not end
 // in ">"; otherwise one instance is active. When one stops, others take over its keys at once, when it dies, within about
@@ -210,7 +210,14 @@ func (s *subscription) bind(ctx context.Context) error {
 		return fromNATS(op, err)
 	}
 	b.warn(stream.CachedInfo().Config)
-	s.stream = name
+	if s.stream != name { // workers read it
+		s.stream = name
+	}
+	if s.cfg.ordered && s.parkedStream == nil {
+		if s.parkedStream, err = b.parkedStream(ctx); err != nil {
+			return err
+		}
+	}
 	n := partitions(stream.CachedInfo().Config)
 	if s.partition != "" || n == 0 {
 		return s.bindConsumer(ctx, stream, n)
