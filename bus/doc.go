@@ -51,7 +51,8 @@
 // A subscription that is [Ordered] handles the messages of one partition key one at a time, in the order of the stream,
 // and other keys beside them; a key whose message fails waits, and only that key. In a stream with Partitions ([Stream]) the
 // instances of the group share the keys, and take over those of one that stops or dies; otherwise one of them is active.
-// Delivery.Fence is a fencing token, by which what a handler writes to can refuse an instance that was replaced.
+// Delivery.Fence is a fencing token, by which what a handler writes to can refuse an instance that was replaced
+// (docs/adr/0005).
 //
 // A message in the dead letters no longer holds up its key. Where the next must not be handled without it, the handler returns
 // [postrider.Park]: the message and all of its key that follow are kept aside in their order, other keys go on, and

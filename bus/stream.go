@@ -43,10 +43,10 @@ type Stream struct {
 	DuplicateWindow time.Duration
 
 	// Partitions is into how many parts messages are divided by their partition key, 1 to 64, so that the instances of a
-	// group can share the keys of an [Ordered] subscription: at most so many work at a time. Each part is a consumer on the
-	// server for each such subscription; 16 suit most. The number stays with the stream, where publishers read it: it can
-	// be changed only while the stream has neither messages nor consumers, and its publishers rest. Zero: as the stream is,
-	// none for a new one.
+	// group can share the keys of an [Ordered] subscription: at most so many work at a time. Messages without a key are all in
+	// the first part. Each part is a consumer on the server for each such subscription; 16 suit most. The number stays
+	// with the stream, where publishers read it: it can be changed only while the stream has neither messages nor
+	// consumers, and its publishers rest. Zero: as the stream is, a new one has none.
 	Partitions int
 }
 
