@@ -79,8 +79,17 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 		return nil
 	}
 	s.reset() // the server forgets what was asked for before: it is asked again, on another inbox
-	if _, err := s.bus.js.ResetConsumer(ctx, s.stream, s.durable); err != nil {
+	info, err := s.bus.js.ResetConsumer(ctx, s.stream, s.durable)
+	if err != nil {
 		return fromNATS(op, err)
+	}
+	if pinOf(info.ConsumerInfo) != pin { // who told us before that it is ours was no longer the consumer's leader
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.pin == pin {
+			s.disown()
+		}
+		return nil
 	}
 	s.log.Info("took over the ordered subscription", "durable", s.durable, "fence", fence, "parked keys", len(keys))
 	return nil
