@@ -145,7 +145,10 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 	if !p.nc.IsConnected() {
 		return nil, &postrider.Error{Code: postrider.Unavailable, Op: op, Msg: "not connected to NATS", Unprocessed: true}
 	}
-	name, err := p.js.StreamNameBySubject(ctx, subject)
+	// A server that is losing its leader answers nothing: one attempt must not take all the time.
+	attempt, cancel := context.WithTimeout(ctx, ackTimeout)
+	defer cancel()
+	name, err := p.js.StreamNameBySubject(attempt, subject)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil, &postrider.Error{
 			Code: postrider.FailedPrecondition, Op: op, Unprocessed: true,
@@ -155,7 +158,7 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 	if err != nil {
 		return nil, unsent(fromNATS(op, err))
 	}
-	stream, err := p.js.Stream(ctx, name)
+	stream, err := p.js.Stream(attempt, name)
 	if err != nil {
 		return nil, unsent(fromNATS(op, err))
 	}

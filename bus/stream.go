@@ -78,6 +78,8 @@ func (b *Bus) declare(ctx context.Context) error {
 }
 
 func (b *Bus) checkServer(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, ackTimeout)
+	defer cancel()
 	info, err := b.js.AccountInfo(ctx)
 	switch {
 	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount):

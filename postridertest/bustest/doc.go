@@ -12,5 +12,7 @@
 //		}, Bubble: true}.Run(t)
 //	}
 //
+// Which promise answers to which failure stands in bus/promises_test.go, with the tests that only a server can pass.
+//
 // It is not for speed, and not for what only a server can show: disk syncs, replication, permissions.
 package bustest

@@ -96,6 +96,40 @@ func retryAfterIsKept(e *env) {
 	}
 }
 
+func longRetriesKeepIDAndAttempts(e *env) {
+	const wait = 5 * time.Second // so long a wait is the scheduler's, on a server
+	b := e.open()
+	var j, other journal
+	ids := map[string]bool{}
+	e.must(b.Subscribe(written.Handler(func(_ context.Context, ev postrider.Event[note]) error {
+		ids[ev.Source+" "+ev.ID] = true
+		j.add(ev)
+		if ev.Delivery.Attempt < 4 {
+			return postrider.RetryAfter(wait/time.Duration(2-ev.Delivery.Attempt%2), errWeather) // long, short, long
+		}
+		return nil
+	}), bus.Concurrency(1), bus.Retry(postrider.RetryPolicy{Attempts: 4})))
+	e.must(b.Subscribe(other.handler(), bus.Group("other")))
+	e.run(b)
+	e.must(written.Publish(e.Context(), b, &note{}, postrider.MessageID("n-1")))
+	e.eventually("attempts", j.count, 4)
+	for i, s := range j.all() {
+		if s.attempt != i+1 {
+			e.Errorf("attempt %d says that it is number %d", i+1, s.attempt)
+		}
+	}
+	if !ids["//conformance/tests n-1"] || len(ids) != 1 {
+		e.Errorf("the attempts had the ids %v, want one", ids)
+	}
+	for _, attempt := range []int{1, 3} {
+		if got := j.waits(attempt)[0]; got < wait {
+			e.Errorf("attempt %d came after %v, the handler asked for %v", attempt+1, got, wait)
+		}
+	}
+	other.once(e, 1) // nobody else sees the attempts
+	e.letters(b, 0)
+}
+
 func expiredMessageIsADeadLetter(e *env) {
 	b := e.open()
 	var begun, j journal

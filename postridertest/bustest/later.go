@@ -92,11 +92,17 @@ func scheduleComesAgainAndAgain(e *env) {
 		e.Errorf("the messages are not each one of its own: %+v, %+v", first, second)
 	}
 	e.must(stop())
+	if e.Restart != nil {
+		e.Restart()
+	}
 	// Another instance of the service goes on with it, and may change it.
 	next := e.open()
 	e.must(next.Subscribe(written.Handler(func(_ context.Context, ev postrider.Event[note]) error { got <- ev.Message; return nil }), all))
 	e.run(next)
-	<-got
+	e.must(schedule(next, "@every 1s", "", 0)) // as at each start
+	if m := <-got; m.ID == first.ID || m.ID == second.ID {
+		e.Errorf("after the restart message %s came again", m.ID)
+	}
 	e.must(schedule(next, "* * * * * *", "Europe/Warsaw", 1))
 	for m := range got {
 		if string(m.Data) == `{"n":1}` {

@@ -92,6 +92,7 @@ var promises = []struct {
 	{"DefaultPolicySpacesPlainErrors", defaultPolicySpacesPlainErrors},
 	{"MultiplierGrows", multiplierGrows},
 	{"RetryAfterIsKept", retryAfterIsKept},
+	{"LongRetriesKeepIDAndAttempts", longRetriesKeepIDAndAttempts},
 	{"DelayedMessageComesInItsTime", delayedMessageComesInItsTime},
 	{"DelayedMessageTakesAnotherTime", delayedMessageTakesAnotherTime},
 	{"CancelledMessageNeverComes", cancelledMessageNeverComes},
