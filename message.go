@@ -30,6 +30,7 @@ const (
 	ExtErrorCode      = "errorcode"      // on a reply: it is an error of this code, its data the JSON form
 	ExtSagaID         = "sagaid"         // the saga that a command or reply belongs to
 	ExtDataRef        = "dataref"        // where the data is when the message does not hold it (CloudEvents claim check)
+	ExtAcceptDataRef  = "acceptdataref"  // on a call: what the dataref of a response may begin with
 	ExtDataDigest     = "datadigest"     // of the data at dataref, "sha-256=" and 64 hexadecimal digits
 	ExtDeliverAt      = "deliverat"      // when a message is to be delivered, if not at once
 	ExtExpiryTime     = "expirytime"     // when a message loses its meaning (CloudEvents extension "Expiry Time")

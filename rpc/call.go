@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 	"strconv"
 	"time"
 
@@ -90,13 +91,15 @@ func call[Req, Res any](
 	if d, ok := ctx.Deadline(); ok && d.Before(expires) {
 		expires = d
 	}
-	event, failed := c.roundTrip(ctx, subjectOf(c.cfg.Prefix, m.Name()), msg, expires, o.wait)
-	if failed != nil {
-		return nil, failed
+	subject := subjectOf(c.cfg.Prefix, m.Name())
+	var reply *postrider.Message
+	if len(c.cfg.Middleware) == 0 {
+		reply, err = c.exchange(ctx, subject, msg, expires, o.wait)
+	} else {
+		reply, err = c.wrapped(ctx, subject, msg, expires, o.wait)
 	}
-	reply := &postrider.Message{Extensions: make(postrider.Extensions, 0, 4)}
-	if err := envelope.ParseProto(event, reply); err != nil {
-		return nil, unreadable(err)
+	if err != nil {
+		return nil, err
 	}
 	res, err := m.Response(reply)
 	if err != nil {
@@ -106,6 +109,36 @@ func call[Req, Res any](
 		return nil, err
 	}
 	return res, nil
+}
+
+// wrapped is exchange with the middleware around it.
+func (c *Client) wrapped(ctx context.Context, subject string, msg *postrider.Message, expires time.Time, wait bool) (*postrider.Message, error) {
+	send := func(ctx context.Context, msg *postrider.Message) (*postrider.Message, error) {
+		return c.exchange(ctx, subject, msg, expires, wait)
+	}
+	for _, mw := range slices.Backward(c.cfg.Middleware) {
+		send = mw(send)
+	}
+	ctx, cancel := context.WithDeadline(ctx, expires)
+	defer cancel()
+	reply, err := send(ctx, msg)
+	if err == nil && reply == nil {
+		err = unreadable(errors.New("a middleware returned neither a reply nor an error"))
+	}
+	return reply, err
+}
+
+// exchange sends the request and returns the reply.
+func (c *Client) exchange(ctx context.Context, subject string, msg *postrider.Message, expires time.Time, wait bool) (*postrider.Message, error) {
+	event, failed := c.roundTrip(ctx, subject, msg, expires, wait)
+	if failed != nil {
+		return nil, failed
+	}
+	reply := &postrider.Message{Extensions: make(postrider.Extensions, 0, 4)}
+	if err := envelope.ParseProto(event, reply); err != nil {
+		return nil, unreadable(err)
+	}
+	return reply, nil
 }
 
 // unsent says of an error that came before the request was sent that the call did not run.

@@ -30,6 +30,10 @@ type ClientConfig struct {
 	// one wins. Default 5 s.
 	Timeout time.Duration
 
+	// Middleware wraps every call; the first is the outermost. What it wraps sends the request and returns the reply, which
+	// may be that of an error. The deadline counts for both together.
+	Middleware []postrider.Middleware
+
 	// Logger is told of replies that cannot be read. Default: silent.
 	Logger *slog.Logger
 }

@@ -2,7 +2,9 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -239,5 +241,55 @@ func TestClientManyCallsAtOnce(t *testing.T) {
 	}
 	if n := len(c.pending.slots); n > callers {
 		t.Errorf("%d slots for %d calls at once", n, callers)
+	}
+}
+
+// The first middleware of a client is the outermost; it sees the request before it is sent, and the reply, also that of an error.
+func TestClientMiddleware(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	serve(t, nc, ServerConfig{}, reserve.Handler(func(_ context.Context, it *item) (*hold, error) {
+		if it.SKU < 0 {
+			return nil, postrider.Errorf(postrider.NotFound, "no such thing")
+		}
+		return &hold{ID: "h-1"}, nil
+	}))
+	var order []string
+	note := func(name string) postrider.Middleware {
+		return func(next postrider.HandlerFunc) postrider.HandlerFunc {
+			return func(ctx context.Context, m *postrider.Message) (*postrider.Message, error) {
+				if _, bounded := ctx.Deadline(); !bounded || m.Type != reserve.Name() || m.Source != "//test" {
+					t.Errorf("%s sees %+v, with a deadline: %v", name, m, bounded)
+				}
+				reply, err := next(ctx, m)
+				order = append(order, name+" "+reply.Extension(postrider.ExtErrorCode))
+				return reply, err
+			}
+		}
+	}
+	c, err := NewClient(nc, ClientConfig{Source: "//test", Middleware: []postrider.Middleware{note("outer"), note("inner")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if res, err := Call(t.Context(), c, reserve, &item{SKU: 1}); err != nil || res.ID != "h-1" {
+		t.Errorf("response is %+v, %v", res, err)
+	}
+	if _, err := Call(t.Context(), c, reserve, &item{SKU: -1}); !errors.Is(err, postrider.NotFound) {
+		t.Errorf("error is %v, want the handler's", err)
+	}
+	if got := strings.Join(order, ", "); got != "inner , outer , inner NOT_FOUND, outer NOT_FOUND" {
+		t.Errorf("order is %q", got)
+	}
+	silent := func(postrider.HandlerFunc) postrider.HandlerFunc {
+		return func(context.Context, *postrider.Message) (*postrider.Message, error) { return nil, nil } //nolint:nilnil // the mistake
+	}
+	mute, err := NewClient(nc, ClientConfig{Source: "//test", Middleware: []postrider.Middleware{silent}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mute.Close()
+	if _, err := Call(t.Context(), mute, reserve, &item{SKU: 1}); !errors.Is(err, postrider.Internal) {
+		t.Errorf("without a reply: %v, want Internal", err)
 	}
 }

@@ -23,5 +23,5 @@
 //
 // It is not for work that must survive a crash of either side: send the same Method as a durable command with
 // [postrider.Method.Send]. Requests and responses have the size of a NATS message at most (max_payload, 1 MiB by
-// default).
+// default), unless both sides have the middleware of package bus/claimcheck.
 package rpc

@@ -21,7 +21,15 @@
 // a replica may lag, and in the dead letters once the attempts are used up. It is not what was stored: DataLoss, in the dead
 // letters at once. It is larger than [Config.MaxBytes]: ResourceExhausted, the same.
 //
-// In a transaction the upload happens while it is open, and fails it while NATS is away. This package is not for rpc, whose
-// calls have one outcome before a deadline and no place to leave things; rpc shares the wrappers in codec/compress and
-// codec/encrypt. Those come first: what is stored is compressed and encrypted when the contract says so.
+// In a transaction the upload happens while it is open, and fails it while NATS is away. The wrappers codec/compress and
+// codec/encrypt come first: what is stored is compressed and encrypted when the contract says so.
+//
+// # Calls
+//
+// Requests and responses of package rpc may be large too. Their payloads are of no use after the call, so that a bucket of their
+// own with a short MaxAge serves them best:
+//
+//	calls, err := claimcheck.New(nc, claimcheck.Config{Bucket: "CALLS", MaxAge: time.Minute})
+//	client, err := rpc.NewClient(nc, rpc.ClientConfig{Middleware: []postrider.Middleware{calls.CallMiddleware}})
+//	srv, err := rpc.NewServer(nc, rpc.ServerConfig{Middleware: []postrider.Middleware{calls.Middleware}})
 package claimcheck

@@ -98,6 +98,9 @@ func New(nc *nats.Conn, cfg Config) (*Store, error) {
 // scheme begins the dataref of a payload, which goes on with bucket, "/" and name.
 const scheme = "nats-object:"
 
+// place begins the dataref of every payload in the bucket.
+func (s *Store) place() string { return scheme + s.cfg.Bucket + "/" }
+
 // digestPrefix begins the digest of a payload.
 const digestPrefix = "sha-256="
 
@@ -106,7 +109,7 @@ func (s *Store) put(ctx context.Context, m *postrider.Message) (*postrider.Messa
 	op := "claimcheck: store the data of " + m.Type + " " + m.ID
 	if len(m.Data) > s.cfg.MaxBytes {
 		return nil, postrider.Permanent(&postrider.Error{
-			Code: postrider.ResourceExhausted, Op: op,
+			Code: postrider.ResourceExhausted, Op: op, Unprocessed: true,
 			Msg: fmt.Sprintf("it has %d bytes, Config.MaxBytes is %d: send less, or raise the limit for all who read", len(m.Data), s.cfg.MaxBytes),
 		})
 	}
@@ -114,18 +117,18 @@ func (s *Store) put(ctx context.Context, m *postrider.Message) (*postrider.Messa
 	defer cancel()
 	bucket, err := s.open(ctx)
 	if err != nil {
-		return nil, weather(op, err)
+		return nil, unsent(weather(op, err))
 	}
 	name := postrider.NewID() // never written twice: whoever reads it while it is replaced would get neither
 	if _, err := bucket.Put(ctx, jetstream.ObjectMeta{Name: name}, bytes.NewReader(m.Data)); err != nil {
 		s.forget()
-		return nil, weather(op, err)
+		return nil, unsent(weather(op, err))
 	}
 	digest := sha256.Sum256(m.Data)
 	claim := m.Clone()
 	claim.Data = nil
 	err = errors.Join(
-		claim.SetExtension(postrider.ExtDataRef, scheme+s.cfg.Bucket+"/"+name),
+		claim.SetExtension(postrider.ExtDataRef, s.place()+name),
 		claim.SetExtension(postrider.ExtDataDigest, digestPrefix+hex.EncodeToString(digest[:])))
 	return claim, err
 }
@@ -243,11 +246,20 @@ func (s *Store) forget() {
 	s.bucket = nil
 }
 
+// unsent says of an error that its message was not published, and no call made.
+func unsent(err *postrider.Error) *postrider.Error {
+	err.Unprocessed = true
+	return err
+}
+
 // weather is an error that may be gone at the next attempt.
-func weather(op string, err error) error {
+func weather(op string, err error) *postrider.Error {
 	code := postrider.Unavailable
-	if errors.Is(err, context.Canceled) {
+	switch {
+	case errors.Is(err, context.Canceled):
 		code = postrider.Canceled
+	case errors.Is(err, context.DeadlineExceeded):
+		code = postrider.DeadlineExceeded
 	}
 	return &postrider.Error{Code: code, Op: op, Err: err}
 }
