@@ -2,14 +2,9 @@ package bus
 
 import (
 	"context"
-	"errors"
 	"runtime"
-	"slices"
-	"strconv"
 	"sync"
 	"time"
-
-	"github.com/nats-io/nats.go"
 
 	"github.com/postrider/postrider"
 )
@@ -22,13 +17,6 @@ const (
 	// Once in a while the first messages of a group go out singly, to measure.
 	probeEvery = 250 * time.Millisecond
 	probeSize  = 16
-)
-
-// headers that the bus adds to a message of an atomic batch (nats-architecture-and-design: ADR-50).
-const (
-	headerBatchID     = "Nats-Batch-Id"
-	headerBatchSeq    = "Nats-Batch-Sequence"
-	headerBatchCommit = "Nats-Batch-Commit"
 )
 
 // call counts down the entries that one caller has in the queue; done gets a value when all have their result.
@@ -104,30 +92,52 @@ func (c *call) giveUp(ctx context.Context, entries []*entry) {
 	c.left = 0
 }
 
-// work sends what is queued, group by group.
+// work sends what is queued, group by group, until nothing is.
 func (l *lane) work() {
-	for l.gather() {
-		l.sendGroup(l.take())
+	for size := 0; ; {
+		group, batch := l.gather(l.pace.pays(size) && time.Since(l.probed) < probeEvery)
+		switch size = len(group); {
+		case batch != nil:
+			l.commit(batch, group)
+		case size > 0:
+			l.sendGroup(group)
+		default:
+			return
+		}
 	}
 }
 
-// gather lets callers that are ready join the group, those of the group before it above all, and reports if there is
-// something to send. If there is not, the work has ended.
-func (l *lane) gather() bool {
-	for n := -1; ; {
+// gather forms a group: it lets callers that are ready join, those of the group before it above all. If the group is thought to
+// be large, as the one before it was, it goes out as a batch while it is forming, so that the server stages the first messages
+// while the last ones are on their way. No group means that there is nothing to do any more.
+func (l *lane) gather(large bool) (group []*entry, batch *atomicBatch) {
+	for bytes := 0; len(group) < maxGroup && bytes < maxGroupBytes; {
 		runtime.Gosched()
 		l.mu.Lock()
-		now := len(l.queue)
-		if now == n || now >= maxGroup {
-			if now == 0 {
+		n := min(groupSize(l.queue), maxGroup-len(group))
+		more := l.queue[:n:n]
+		l.queue = l.queue[n:]
+		if n == 0 {
+			l.queue = nil
+			if len(group) == 0 {
 				l.grouping.Store(false)
 			}
 			l.mu.Unlock()
-			return now > 0
+			return group, batch
 		}
 		l.mu.Unlock()
-		n = now
+		group = append(group, more...)
+		for _, e := range more {
+			bytes += len(e.msg.Data)
+		}
+		if large && batch == nil {
+			batch = l.begin()
+		}
+		if batch != nil {
+			batch.add(more)
+		}
 	}
+	return group, batch
 }
 
 // groupSize is how many of the entries make up a group.
@@ -140,25 +150,10 @@ func groupSize(entries []*entry) int {
 	return n
 }
 
-// take removes a group from the queue.
-func (l *lane) take() []*entry {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	n := groupSize(l.queue)
-	group := l.queue[:n:n]
-	l.queue = l.queue[n:]
-	if len(l.queue) == 0 {
-		l.queue = nil
-	}
-	return group
-}
-
-// sendGroup publishes a group and gives each entry its result. A batch that is refused or whose outcome is unknown is sent
-// again one by one: a duplicate id refuses the whole batch, and a bad message must not fail its neighbours. Without ids the
-// server would store twice what it has already: an unknown outcome is then the result.
+// sendGroup publishes a group and gives each entry its result.
 func (l *lane) sendGroup(group []*entry) {
-	ctx := context.Background()            // the callers wait with theirs
-	if time.Since(l.probed) > probeEvery { // what a single publish takes must be known while batches are used
+	ctx := context.Background()             // the callers wait with theirs
+	if time.Since(l.probed) >= probeEvery { // what a single publish takes must be known while batches are used
 		l.probed = time.Now()
 		head := group[:min(len(group), probeSize)]
 		group = group[len(head):]
@@ -169,62 +164,12 @@ func (l *lane) sendGroup(group []*entry) {
 			return
 		}
 	}
-	if !l.pace.pays(len(group)) {
-		_ = l.singly(ctx, group)
-		learn(&l.pace.batch, int64(firstBatchTime), 64) // one slow batch must not be the last
+	if l.pace.pays(len(group)) {
+		batch := l.begin()
+		batch.add(group)
+		l.commit(batch, group)
 		return
 	}
-	began := time.Now()
-	l.pace.batches.Add(1)
-	err := l.pub.batch(group)
-	l.pace.batches.Add(1)
-	if err == nil {
-		learn(&l.pace.batch, int64(time.Since(began)), 8)
-	}
-	unknown := errors.Is(err, postrider.DeadlineExceeded) && slices.ContainsFunc(group, (*entry).isNameless)
-	if err == nil || unknown || errors.Is(err, postrider.Unavailable) {
-		for _, e := range group {
-			l.finish(e, err)
-		}
-		return
-	}
-	for i, e := range group {
-		w := l.pub.acks.add(trip{}, nil)
-		l.pub.transmit(e.msg, w)
-		if err = w.wait(ctx, l.pub.timeout); err != nil && postrider.Retryable(err) {
-			for _, e := range group[i:] { // what comes later must not overtake
-				l.finish(e, err)
-			}
-			return
-		}
-		l.finish(e, err)
-	}
-}
-
-// batch publishes a group as one atomic batch; only the last message asks for an answer.
-func (p *publisher) batch(group []*entry) error {
-	w := p.acks.add(trip{}, nil)
-	batchID, batchSeq, commit := []string{p.acks.nextID()}, []string{""}, []string{"1"}
-	for i, e := range group {
-		last := i == len(group)-1
-		batchSeq[0] = strconv.Itoa(i + 1)
-		if e.msg.Header == nil {
-			e.msg.Header = nats.Header{}
-		}
-		e.msg.Header[headerBatchID], e.msg.Header[headerBatchSeq] = batchID, batchSeq
-		e.msg.Reply = ""
-		if last {
-			e.msg.Header[headerBatchCommit] = commit
-			e.msg.Reply = w.reply
-		}
-		err := p.send(e.msg)
-		delete(e.msg.Header, headerBatchID)
-		delete(e.msg.Header, headerBatchSeq)
-		delete(e.msg.Header, headerBatchCommit)
-		if err != nil {
-			w.resolve(err)
-			break
-		}
-	}
-	return w.wait(context.Background(), p.timeout)
+	_ = l.singly(ctx, group)
+	learn(&l.pace.batch, int64(firstBatchTime), 64) // one slow batch must not be the last
 }

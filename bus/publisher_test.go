@@ -181,3 +181,48 @@ func TestBatchesOnARealServer(t *testing.T) {
 		t.Errorf("went out in the batches %v, want three", batches)
 	}
 }
+
+// TestGroupsOfManyCallers has callers who publish one message at a time, some of which the server refuses: groups go out while
+// they form, and nobody suffers for another.
+func TestGroupsOfManyCallers(t *testing.T) {
+	t.Parallel()
+	cheap, _, stored := fastLane(t, jetstream.StreamConfig{AllowAtomicPublish: true})
+	l := dear(newLane(cheap.pub, jetstream.StreamConfig{AllowAtomicPublish: true}))
+	l.pace.batch.Store(1)
+	const callers, each = 32, 30
+	var wg sync.WaitGroup
+	for c := range callers {
+		wg.Go(func() {
+			for i := range each {
+				n := strconv.Itoa(c*each + i)
+				e := &entry{msg: &nats.Msg{Subject: "s", Data: []byte(n), Header: nats.Header{headerMsgID: {n}}}}
+				bad := c == 7 && i%10 == 5
+				if bad {
+					e.msg.Header["Nats-TTL"] = []string{"1h"} // the stream does not take it
+				}
+				if _ = l.join(t.Context(), []*entry{e}); (e.err != nil) != bad {
+					t.Errorf("message %s: %v", n, e.err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	last, count := map[int]int{}, 0
+	for _, data := range stored() {
+		n, err := strconv.Atoi(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if before, ok := last[n/each]; ok && n <= before {
+			t.Errorf("caller %d: %d is stored after %d", n/each, n, before)
+		}
+		last[n/each] = n
+		count++
+	}
+	if count != callers*each-3 {
+		t.Errorf("stored %d messages, want all but the 3 bad ones of %d", count, callers*each)
+	}
+	if l.pace.batches.Load() == 0 {
+		t.Error("nothing went out as a batch")
+	}
+}
