@@ -42,7 +42,7 @@ func (s *subscription) takeFence(ctx context.Context) (ours bool, _ error) {
 		s.disown()
 		return false, nil
 	}
-	s.fence = fence
+	s.fence = max(s.fence, fence) // two may have been drawn at once
 	return true, nil
 }
 
@@ -73,7 +73,7 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 	if ours = s.pin == pin; ours {
 		s.parked = keys
 	}
-	fence := s.fence
+	fence, n := s.fence, len(keys)
 	s.mu.Unlock()
 	if !ours {
 		return nil
@@ -91,6 +91,6 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 		}
 		return nil
 	}
-	s.log.Info("took over the ordered subscription", "durable", s.durable, "fence", fence, "parked keys", len(keys))
+	s.log.Info("took over the ordered subscription", "durable", s.durable, "fence", fence, "parked keys", n)
 	return nil
 }
