@@ -24,8 +24,9 @@ type delivered struct {
 	attempts int         // failed in its lane, beside those that the server counts
 	timer    *time.Timer // until it is tried again in its lane; nil: it is not waiting for that
 
-	question string   // no message: the releaser asks about a key, and waits for the answer here
-	release  *release // a command to release a key, at work
+	behind   *parkedKey // its key is parked, and the message is to go behind the others
+	question string     // no message: the releaser asks about a key, and waits for the answer here
+	release  *release   // a command to release a key, at work
 
 	format  format
 	content string             // its content type

@@ -56,7 +56,7 @@
 //
 // A message in the dead letters no longer holds up its key. Where the next must not be handled without it, the handler returns
 // [postrider.Park]: the message and all of its key that follow are kept aside in their order, other keys go on, and
-// [Bus.Parked] shows, releases and discards them.
+// [Bus.Parked] shows, releases and discards them. [ParkFailures] does so for all that fails.
 //
 // # Later
 //

@@ -203,6 +203,7 @@ func (s *subscription) mayBegin(d *delivered) (fence uint64, may bool) {
 	if s.expired() || s.draining {
 		return 0, false
 	}
+	d.behind = s.parkedOf(d)
 	return s.fence, d.isHeld()
 }
 

@@ -92,8 +92,8 @@ func causeSubject(messages string) string {
 // guards it.
 type parked map[string]*parkedKey
 
-type parkedKey struct {
-	known  bool   // the fields below are read from the stream
+type parkedKey struct { // never changed, only replaced
+	known  bool   // the fields below are from the stream
 	stream string // where the last one came from
 	last   uint64 // its sequence there
 }
@@ -119,7 +119,12 @@ func tokenOf(subject string) string {
 
 // parks says if an error parks the key of a message, rather than send it to the dead letters.
 func (s *subscription) parks(d *delivered, err error) bool {
-	return postrider.Parks(err) && d.lane != nil && !s.own && s.keeps(d.lane.key)
+	return err != nil && d.lane != nil && !s.own && s.keeps(d.lane.key) && s.stops(d.message, err)
+}
+
+// stops says if nothing else of a key may be handled after an error.
+func (s *subscription) stops(m *postrider.Message, err error) bool {
+	return postrider.Parks(err) || s.cfg.parkFailures && !s.refuses(m, err)
 }
 
 // keeps says if the messages of a key have their turns here. In a stream with partitions that is not so for those that a
@@ -128,20 +133,13 @@ func (s *subscription) keeps(key string) bool {
 	return s.partition == "" || s.partition == strconv.Itoa(partitionOf(key, s.shares))
 }
 
-// isParked says if the key of a message is parked, and what is known of it.
-func (s *subscription) isParked(d *delivered) (k parkedKey, yes bool) {
-	if d.lane == nil {
-		return k, false
+// parkedOf returns what is known of a message's key, nil if that is not parked. It is asked in the key's turn, and only in the
+// key's turn it changes. The lock is held.
+func (s *subscription) parkedOf(d *delivered) *parkedKey {
+	if len(s.parked) == 0 || d.lane == nil || !s.keeps(d.lane.key) {
+		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.parked) == 0 {
-		return k, false
-	}
-	if p := s.parked[keyToken(d.lane.key)]; p != nil && s.keeps(d.lane.key) {
-		return *p, true
-	}
-	return k, false
+	return s.parked[keyToken(d.lane.key)]
 }
 
 // park parks the key of a message, for a cause.
@@ -156,8 +154,8 @@ func (s *subscription) park(d *delivered, cause error) error {
 }
 
 // parkBehind puts a message behind those of its key that are parked. It returns false if it stays here, to be tried again.
-func (s *subscription) parkBehind(d *delivered, k parkedKey, delivery postrider.Delivery) bool {
-	err := s.lastParked(d, &k)
+func (s *subscription) parkBehind(d *delivered, delivery postrider.Delivery) bool {
+	k, err := s.lastParked(d)
 	// The acknowledgement of one that was stored may have been lost, however long ago.
 	if err == nil && (k.stream != delivery.Stream || k.last < delivery.Sequence) {
 		err = s.parkLast(d, delivery, nil)
@@ -223,21 +221,21 @@ func (s *subscription) parkLast(d *delivered, at postrider.Delivery, cause error
 }
 
 // lastParked finds out which message was the last of its key that was parked.
-func (s *subscription) lastParked(d *delivered, k *parkedKey) error {
-	if k.known {
-		return nil
+func (s *subscription) lastParked(d *delivered) (parkedKey, error) {
+	if d.behind.known {
+		return *d.behind, nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), ackTimeout)
 	defer cancel()
 	last, err := s.parkedStream.GetLastMsgForSubject(ctx, s.parkedSubject(keyToken(d.lane.key)))
 	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
-		return fromNATS("bus: park", err)
+		return parkedKey{}, fromNATS("bus: park", err)
 	}
-	if err == nil && last.Header.Get(headerLetter) == "" { // a re-driven letter has the number of long ago
-		l := parseDeadLetter(last.Sequence, last.Header, nil)
-		k.stream, k.last = l.Stream, l.Origin
+	if err != nil || last.Header.Get(headerLetter) != "" { // a re-driven letter has the number of long ago
+		return parkedKey{}, nil
 	}
-	return nil
+	l := parseDeadLetter(last.Sequence, last.Header, nil)
+	return parkedKey{stream: l.Stream, last: l.Origin}, nil
 }
 
 // listen has the owner of an ordered subscription hear the questions of the releaser, and the releaser the answers.

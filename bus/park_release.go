@@ -140,14 +140,18 @@ func (s *subscription) answered(msg *nats.Msg) {
 func (s *subscription) releaseFirst(ctx context.Context, cmd *delivered, first *jetstream.RawStreamMsg, fence uint64) (settled bool) {
 	quick, cancel := context.WithTimeout(context.WithoutCancel(ctx), ackTimeout)
 	defer cancel()
-	stays, err := s.parkedAgain(quick, first)
-	switch {
-	case err == nil && stays && cmd.Header.Get(headerRelease) == releaseRest:
-		s.answer(cmd.Msg, nil)
-		return true
-	case err == nil:
-		err = s.bus.payload(quick, first)
+	if cmd.Header.Get(headerRelease) == releaseRest {
+		stays, err := s.parkedAgain(quick, first)
+		switch {
+		case err != nil:
+			s.interrupted(cmd, err)
+			return false
+		case stays:
+			s.answer(cmd.Msg, nil)
+			return true
+		}
 	}
+	err := s.bus.payload(quick, first)
 	if err != nil && postrider.Retryable(err) {
 		s.interrupted(cmd, err)
 		return false
@@ -169,7 +173,7 @@ func (s *subscription) releaseFirst(ctx context.Context, cmd *delivered, first *
 			return s.retry(cmd, d.message, delay, err)
 		}
 	}
-	if postrider.Parks(err) {
+	if err != nil && s.stops(d.message, err) {
 		if noteErr := s.noteCause(first, delivery.Attempt, err); noteErr != nil {
 			return s.retry(cmd, d.message, backoff.Delay(s.cfg.retry, delivery.Attempt), errors.Join(err, noteErr))
 		}

@@ -206,6 +206,7 @@ func parkedKeysKeepTheirOrder(t *testing.T, config func(*bus.Config)) {
 	const keys, per = 10, 12
 	d := newDiary()
 	var calm atomic.Bool
+	var fences fences
 	type instance struct {
 		nc   *nats.Conn
 		stop func() error
@@ -218,6 +219,7 @@ func parkedKeysKeepTheirOrder(t *testing.T, config func(*bus.Config)) {
 				return errors.New("the dead do nothing")
 			}
 			defer d.begin(e.Value)()
+			fences.check(t, e)
 			if !calm.Load() {
 				switch n := rand.IntN(20); {
 				case n == 0:
@@ -275,6 +277,82 @@ func parkedKeysKeepTheirOrder(t *testing.T, config func(*bus.Config)) {
 	progress(len(rounds) * keys * per)
 	d.check(t)
 	nothingParked(t, srv.Connect(), pub)
+}
+
+// fences knows the largest fencing token that each key has had.
+type fences struct {
+	mu   sync.Mutex
+	most map[string]uint64
+}
+
+func (f *fences) check(t *testing.T, e postrider.Event[note]) {
+	t.Helper()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.most == nil {
+		f.most = map[string]uint64{}
+	}
+	if most := f.most[e.Value.Text]; e.Delivery.Fence < most {
+		t.Errorf("key %s: %d was handled with token %d after one of %d", e.Value.Text, e.Value.N, e.Delivery.Fence, most)
+	}
+	f.most[e.Value.Text] = e.Delivery.Fence
+}
+
+// Whatever ends a message's attempts parks its key, if that is asked for.
+func TestParkFailures(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	var got seen
+	var mended atomic.Bool
+	h := keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		switch {
+		case mended.Load():
+		case e.Value.Text == "fails":
+			return errors.New("always")
+		case e.Value.Text == "permanent":
+			return postrider.Permanent(errors.New("never"))
+		}
+		got.add(*e.Value)
+		return nil
+	})
+	if err := b.Subscribe(keyed.Handler(func(context.Context, postrider.Event[note]) error { return nil }), bus.ParkFailures()); !errors.Is(err, postrider.InvalidArgument) {
+		t.Errorf("an unordered subscription gives %v", err)
+	}
+	if err := b.Subscribe(h, bus.Ordered(), bus.ParkFailures(), quick, bus.From(bus.DeliverAll)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	broken := &postrider.Message{ID: "broken", Type: "notes.keyed.v1", ContentType: "application/json", Data: []byte("{")}
+	if err := errors.Join(broken.SetExtension(postrider.ExtPartitionKey, "broken"), b.Publish(t.Context(), broken)); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 3 {
+		for _, key := range []string{"fails", "permanent", "broken", "good"} {
+			if err := keyed.Publish(t.Context(), b, &note{N: n, Text: key}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	keys := parkedKeys(t, b, bus.ParkedFilter{}, 3+3+4)
+	if len(keys) != 3 || keys[0].Key != "broken" || keys[0].Code != postrider.InvalidArgument || keys[1].Attempts != 3 || keys[2].Attempts != 1 {
+		t.Errorf("parked are %+v", keys)
+	}
+	postridertest.Eventually(t, wantCount(got.count, 3))
+	mended.Store(true)
+	if n, err := b.Parked().Release(t.Context(), bus.ParkedFilter{}, operator); n != 3 || err != nil {
+		t.Fatalf("%d released, error %v", n, err)
+	}
+	postridertest.Eventually(t, wantCount(got.count, 9))
+	postridertest.Eventually(t, func() error { return commandsLeft(t, nc) })
+	parkedKeys(t, b, bus.ParkedFilter{Key: "broken"}, 4)
+	if n, err := b.Parked().DiscardAll(t.Context(), bus.ParkedFilter{Key: "broken"}, operator); n != 4 || err != nil {
+		t.Fatalf("%d discarded, error %v", n, err)
+	}
+	nothingParked(t, nc, b)
+	if n := b.Stats().DeadLettered; n != 0 {
+		t.Errorf("%d dead letters, want none", n)
+	}
 }
 
 // A key stays parked over a restart, also when its messages come again, and is released although nothing new comes.

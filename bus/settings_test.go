@@ -11,6 +11,7 @@ func TestSettingsTellEveryOption(t *testing.T) {
 	told := map[string]bool{
 		"group": true, "concurrency": true, "retry": true, "ackWait": true, "ordered": true, "broadcast": true,
 		"from": true, "sequence": true, "since": true, // Settings.Begins
+		"parkFailures": true,                                     // no other bus parks
 		"breakerLimit": true, "breakerPause": true, "rate": true, // when, not what: the docs say that they are not told
 	}
 	for field := range reflect.TypeFor[subscribeConfig]().Fields() {

@@ -47,8 +47,8 @@ func (s *subscription) handle(ctx context.Context, d *delivered, fence uint64) b
 	if s.own {
 		s.bus.restore(d.Msg, &delivery)
 	}
-	if k, yes := s.isParked(d); yes {
-		return s.parkBehind(d, k, delivery)
+	if d.behind != nil {
+		return s.parkBehind(d, delivery)
 	}
 	if items, err := splitBatch(d.Msg, d.format); items != nil && err == nil {
 		return s.handleBatch(ctx, d, items, delivery)
@@ -114,8 +114,7 @@ func (s *subscription) conclude(msg *nats.Msg, m, reply *postrider.Message, err 
 		if s.handler.IsCall() {
 			reply = postrider.ErrorReply(m, err)
 		}
-		// The refusal of a command is an answer, and its asker gets it. Anything else that failed for good is kept.
-		if refused := !postrider.Retryable(err) && reply != nil && reply.Topic != ""; !refused {
+		if !s.refuses(m, err) {
 			if dlErr := s.deadLetter(ctx, msg, m, err); dlErr != nil {
 				return nil, errors.Join(err, dlErr)
 			}
@@ -133,6 +132,16 @@ func (s *subscription) conclude(msg *nats.Msg, m, reply *postrider.Message, err 
 		s.bus.stats.handled.Add(1)
 	}
 	return verdict, nil
+}
+
+// refuses says if an error is the refusal of a command: an answer, and its asker gets it. Anything else that failed for good
+// is kept.
+func (s *subscription) refuses(m *postrider.Message, err error) bool {
+	if !s.handler.IsCall() || postrider.Retryable(err) {
+		return false
+	}
+	reply := postrider.ErrorReply(m, err)
+	return reply != nil && reply.Topic != ""
 }
 
 // retry hands the message back to be delivered after a delay, or keeps it at the head of its lane. It returns whether the

@@ -43,6 +43,8 @@ type subscribeConfig struct {
 	ordered     bool
 	broadcast   bool
 
+	parkFailures bool
+
 	breakerLimit int
 	breakerPause time.Duration
 	rate         float64
@@ -94,6 +96,12 @@ func Broadcast() SubscribeOption { return func(c *subscribeConfig) { c.broadcast
 // smaller Delivery.Fence than it has seen.
 func Ordered() SubscribeOption { return func(c *subscribeConfig) { c.ordered = true } }
 
+// ParkFailures has a subscription that is [Ordered] park the key of whatever message would go to the dead letters, as if its
+// handler had returned [postrider.Park]: for what must never be handled without what came before it. What cannot be
+// decoded counts, and what has expired; a refused command whose asker gets the answer does not. A message without a key goes to
+// the dead letters.
+func ParkFailures() SubscribeOption { return func(c *subscribeConfig) { c.parkFailures = true } }
+
 // CircuitBreaker pauses the group, in all its instances, for a while after so many attempts in a row have failed in this one
 // with errors that may pass: when what the handler needs is down, trying on burns the attempts of message after message.
 // When the pause is over one message is tried; if it fails the group is paused again. Default: no circuit breaker.
@@ -141,6 +149,8 @@ func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (sub
 		return bad("CircuitBreaker is %d failures and %v: want both positive", c.breakerLimit, c.breakerPause)
 	case c.rate < 0 || c.rate > 1e6:
 		return bad("RateLimit is %v: want 0 to 1,000,000 a second", c.rate)
+	case c.parkFailures && !c.ordered:
+		return bad("ParkFailures is for Ordered subscriptions: the others have no order to keep")
 	case c.ordered && c.broadcast:
 		return bad("Ordered and Broadcast exclude each other: one instance is active, or all are")
 	}

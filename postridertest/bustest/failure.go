@@ -182,6 +182,8 @@ func deadLettersHaveCauseAndMessage(e *env) {
 			return errors.New("the printer is on fire: 火事")
 		case "permanent":
 			return postrider.Permanent(errWeather)
+		case "park":
+			return postrider.Park(errWeather) // there is no order to keep
 		case "wrong":
 			return postrider.Errorf(postrider.NotFound, "no such reader")
 		case "panic":
@@ -198,6 +200,7 @@ func deadLettersHaveCauseAndMessage(e *env) {
 	}{
 		"never":     {"the printer is on fire: 火事", postrider.Unknown, 3},
 		"permanent": {errWeather.Error(), postrider.Unknown, 1},
+		"park":      {errWeather.Error(), postrider.Unknown, 1},
 		"wrong":     {"no such reader", postrider.NotFound, 1},
 		"panic":     {"ouch", postrider.Internal, 3},
 	}

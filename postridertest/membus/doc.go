@@ -28,8 +28,8 @@
 //
 // It takes the Config and the options of package bus, so that a program is wired for a test as for production. Streams
 // keep everything until the [Broker] is garbage; of a bus.Stream only name, topics and duplicate window mean something
-// here, a bus.CircuitBreaker never opens and a bus.RateLimit does not slow a test down. It parks no keys: what a handler parks
-// is in the dead letters. Messages are encoded when they are
+// here, a bus.CircuitBreaker never opens and a bus.RateLimit does not slow a test down. It parks no keys: what would
+// be parked is in the dead letters. Messages are encoded when they are
 // published and decoded for each attempt, as on a server.
 //
 // It is not for finding out what a server does under load, or when it is away: run the same test on
