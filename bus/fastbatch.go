@@ -122,6 +122,7 @@ func (l *lane) fastBatch(ctx context.Context, entries []*entry) (settled int, pa
 		}
 		return len(entries), lost
 	}
+	settled = min(max(settled, 0), len(entries)) // whatever the answer said
 	for i, e := range entries[:settled] {
 		if i == settled-1 {
 			l.finish(e, lost)

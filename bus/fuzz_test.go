@@ -1,8 +1,12 @@
 package bus
 
 import (
+	"bytes"
+	"strconv"
+	"strings"
 	"testing"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 
 	"github.com/postrider/postrider"
@@ -53,4 +57,106 @@ func same(a, b *postrider.Message) bool {
 	}
 	return a.ID == b.ID && a.Source == b.Source && a.Type == b.Type && a.Subject == b.Subject &&
 		a.ContentType == b.ContentType && a.DataSchema == b.DataSchema
+}
+
+// FuzzAck feeds the reader of acknowledgements what an inbox may hold: it must not panic, and it must not take for a success
+// what the server calls an error.
+func FuzzAck(f *testing.F) {
+	f.Add("", []byte(`{"stream":"NOTES","seq":7,"domain":"hub"}`))
+	f.Add("", []byte(`{"stream":"NOTES","seq":7,"error":{"code":503,"err_code":10077,"description":"maximum bytes exceeded"}}`))
+	f.Add("", []byte(`{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 3"},"stream":"NOTES","seq":0}`))
+	f.Add("", []byte(`{"type":"ack","seq":500,"msgs":250}`))
+	f.Add("", []byte(`{"type":"err","seq":3,"error":{"code":400,"err_code":10208}}`))
+	f.Add("503", []byte(nil))
+	f.Add("", []byte(`+OK`))
+	f.Fuzz(func(t *testing.T, status string, data []byte) {
+		msg := &nats.Msg{Data: data, Header: nats.Header{"Status": {status}}}
+		err := parseAck(msg)
+		ack, whole := parsePubAck(msg)
+		if ack.Error != nil && whole == nil {
+			t.Error("an answer with an error is none")
+		}
+		if bytes.Contains(data, []byte(`"error"`)) && (err == nil) != (whole == nil) {
+			t.Errorf("read in short: %v, read as a whole: %v", err, whole)
+		}
+		if len(data) == 0 && err == nil {
+			t.Error("an empty answer acknowledges nothing")
+		}
+		batch := &flow{lane: &lane{}, waiter: &waiter{acks: &acks{}, done: make(chan error, 1)}, signal: make(chan struct{}, 1)}
+		batch.receive(msg, "1.500.fail."+status+".0.$FI")
+		if stored, _ := batch.progress(); stored < 0 {
+			t.Errorf("%d messages are stored", stored)
+		}
+	})
+}
+
+// FuzzOwnHeaders feeds the readers of our own headers what anybody may have published to a group, or into the dead letters.
+func FuzzOwnHeaders(f *testing.F) {
+	f.Add("notes.written.v1", "3", "NOTES", "17", "NOT_FOUND", `"no \"reader\""`, "2026-01-02T03:04:05Z", "application/json", []byte(`{"n":1}`))
+	f.Add("a b", "-1", "", "x", "", "plain", "", "application/cloudevents-batch+json", []byte(`[{"specversion":"1.0"},{}]`))
+	f.Add("*", "9223372036854775807", ">", "18446744073709551616", "9", `"`, "0", "application/cloudevents-batch+protobuf", []byte("\n\x02\n\x00"))
+	f.Fuzz(func(t *testing.T, topic, attempts, stream, sequence, code, cause, at, contentType string, data []byte) {
+		msg := &nats.Msg{Subject: "group.tester.notes", Data: data, Header: nats.Header{
+			headerTopic: {topic}, headerAttempts: {attempts}, headerStream: {stream}, headerSequence: {sequence}, headerCode: {code},
+			headerCause: {cause}, headerTime: {at}, headerRedrives: {attempts}, headerLetter: {sequence}, headerCopyOf: {sequence},
+			headerAction: {code}, headerBy: {cause}, headerWhy: {cause}, headerActionTime: {at}, headerCopy: {sequence},
+			headerParkedKey: {cause}, headerPayload: {stream}, headerContentType: {contentType},
+		}}
+		e := parseLogEntry(1, msg)
+		if e.Letter.Message == nil {
+			t.Error("a letter without a message")
+		}
+		for name := range e.Letter.Header {
+			if strings.HasPrefix(name, headerOwn) {
+				t.Errorf("%s is taken for a header of the message", name)
+			}
+		}
+		_ = normalise(e.Letter.Cause)
+		d := newDelivered(msg)
+		_ = d.key()
+		delivery := postrider.Delivery{Attempt: 1}
+		(&Bus{}).restore(msg, &delivery)
+		if delivery.Attempt < 1 {
+			t.Errorf("attempt %d", delivery.Attempt)
+		}
+		if !isAddress(msg.Subject) { // nothing could be published in its name, not even a dead letter
+			t.Errorf("subject %q", msg.Subject)
+		}
+		items, err := splitBatch(msg, d.format)
+		for i, item := range items {
+			if err != nil || item.Header.Get(headerItem) != strconv.Itoa(i) || item.Subject != msg.Subject {
+				t.Errorf("item %d is %+v, %v", i, item, err)
+			}
+			_ = newDelivered(item).key()
+		}
+	})
+}
+
+// FuzzTopics holds what subjects become in partitions, and which cover which, to what the server does.
+func FuzzTopics(f *testing.F) {
+	f.Add("orders.>", "orders.placed.v1", "key", 16)
+	f.Add("orders.*.v1", "orders.placed.v1.partition.3", "", 1)
+	f.Add("*", ">", "Åse", 64)
+	f.Fuzz(func(t *testing.T, pattern, subject, key string, n int) {
+		n = 1 + max(n, -n)&63
+		p := partitionOf(key, n)
+		if p < 0 || p >= n {
+			t.Fatalf("partition %d of %d", p, n)
+		}
+		if got := withoutPartition(inPartition(subject, strconv.Itoa(p))); got != subject {
+			t.Errorf("%q in partition %d comes back as %q", subject, p, got)
+		}
+		if !server.IsValidSubject(pattern) || !server.IsValidSubject(subject) {
+			return
+		}
+		if got, want := covers(pattern, subject), server.SubjectsCollide(pattern, subject); got && !want {
+			t.Errorf("%q covers %q, and no subject matches both", pattern, subject)
+		}
+		if isAddress(subject) && covers(pattern, subject) != server.SubjectsCollide(pattern, subject) {
+			t.Errorf("%q covers %q: %v", pattern, subject, covers(pattern, subject))
+		}
+		if all := withTopics([]string{subject}, []string{pattern, subject, pattern}); !covers(all[len(all)-1], pattern) && !covers(all[0], pattern) {
+			t.Errorf("%v do not cover %q", all, pattern)
+		}
+	})
 }

@@ -35,6 +35,7 @@ var promises = []struct {
 	{"a crashed worker's messages wait for minutes", []string{"promise CrashedWorkersMessagesComeBack"}},
 	{"shutdown cancels handlers in flight", []string{"promise ShutdownDoesNotCancelHandlers", "TestDrainWaitsForHandlers"}},
 	{"a re-drive inside the duplicate window is swallowed", []string{"promise RedriveIsNotSwallowed", "TestReplayReachesOnlyTheGroupThatFailed"}},
+	{"a re-drive runs beside another message of its key", []string{"promise RedriveTakesItsTurn"}},
 	{"a poison message holds up its neighbours", []string{
 		"promise PoisonDoesNotHoldUpNeighbours", "TestOrderedFailureHoldsItsKeyOnly", "TestOrderedDeadLetterFreesItsKey",
 	}},

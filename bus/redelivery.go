@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -176,11 +177,11 @@ func (s *subscription) handOver(msg *nats.Msg, m *postrider.Message, delay time.
 // restore gives a message from the bus's own stream the subject, the place and the attempts that it had before.
 func (b *Bus) restore(msg *nats.Msg, d *postrider.Delivery) {
 	h := msg.Header
-	if topic := h.Get(headerTopic); topic != "" {
+	if topic := h.Get(headerTopic); isAddress(topic) { // else not even a dead letter of it could be published
 		msg.Subject = b.subject(topic)
 	}
 	attempts, _ := strconv.Atoi(h.Get(headerAttempts))
-	d.Attempt += max(attempts, 0)
+	d.Attempt += min(max(attempts, 0), math.MaxInt32)
 	if seq, err := strconv.ParseUint(h.Get(headerSequence), 10, 64); err == nil {
 		d.Stream, d.Sequence = h.Get(headerStream), seq
 	}

@@ -178,3 +178,26 @@ func TestSendToGroup(t *testing.T) {
 		t.Errorf("%d handlers ran at once, want 1", n)
 	}
 }
+
+// What cannot be an address is not taken for one: its dead letter could never be published, and it would come for ever.
+func TestGroupMessageWithABadTopic(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	if err := b.Subscribe(noted.Handler(func(context.Context, postrider.Event[note]) error { return nil })); err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	awaitStart(t, b)
+	for i, topic := range []string{"two words", "notes.*", "a..b"} {
+		msg := &nats.Msg{Data: []byte("hello"), Header: nats.Header{"Postrider-Topic": {topic}, "Nats-Msg-Id": {strconv.Itoa(i)}}}
+		if err := b.SendToGroup(t.Context(), "tester", noted.Name(), msg, time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, l := range waitLetters(t, b, bus.LetterFilter{}, 3) {
+		if l.Topic != "group.tester.notes.written.v1" || l.Attempts != 1 {
+			t.Errorf("the letter is %+v", l)
+		}
+	}
+}

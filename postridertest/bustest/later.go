@@ -245,6 +245,47 @@ func redriveIsNotSwallowed(e *env) {
 	}
 }
 
+func redriveTakesItsTurn(e *env) {
+	b := e.open()
+	var begun, done journal
+	broken, finish := make(chan struct{}), make(chan struct{})
+	e.must(b.Subscribe(keyed.Handler(func(_ context.Context, ev postrider.Event[note]) error {
+		begun.add(ev)
+		switch ev.Value.N {
+		case 0:
+			select {
+			case <-broken:
+			default:
+				return postrider.Permanent(errWeather)
+			}
+		case 1:
+			<-finish
+		}
+		done.add(ev)
+		return nil
+	}), bus.Ordered(), bus.Concurrency(4)))
+	e.run(b)
+	e.must(keyed.Publish(e.Context(), b, &note{N: 0, Text: "a"}))
+	letter := e.letters(b, 1)[0]
+	e.must(keyed.Publish(e.Context(), b, &note{N: 1, Text: "a"}))
+	e.eventually("begun", begun.count, 2) // the key is being worked on
+	close(broken)
+	if n, err := e.DeadLetters(b).Replay(e.Context(), []uint64{letter.Sequence}, operator); n != 1 || err != nil {
+		e.Fatalf("replayed %d, %v", n, err)
+	}
+	e.must(keyed.Publish(e.Context(), b, &note{N: 2, Text: "b"}))
+	e.eventually("done, another key", done.count, 1)
+	<-time.After(200 * time.Millisecond) // in which it could begin
+	if n := begun.count(); n != 3 {
+		e.Errorf("%d attempts have begun, want 3: the re-drive runs beside another message of its key", n)
+	}
+	close(finish)
+	e.eventually("done", done.count, 3)
+	if got := done.all(); got[1].N != 1 || got[2].N != 0 {
+		e.Errorf("done %v, want the message of the key that was being handled before the re-drive", got)
+	}
+}
+
 func deadLettersAreSelectedAndDiscarded(e *env) {
 	b := e.open()
 	for _, group := range []string{"mailer", "billing"} {

@@ -103,6 +103,7 @@ var promises = []struct {
 	{"PoisonDoesNotHoldUpNeighbours", poisonDoesNotHoldUpNeighbours},
 	{"DeadLettersHaveCauseAndMessage", deadLettersHaveCauseAndMessage},
 	{"RedriveIsNotSwallowed", redriveIsNotSwallowed},
+	{"RedriveTakesItsTurn", redriveTakesItsTurn},
 	{"DeadLettersAreSelectedAndDiscarded", deadLettersAreSelectedAndDiscarded},
 	{"UndecodableMessageStopsNobody", undecodableMessageStopsNobody},
 	{"SlowHandlerDoesNotLoseItsBatch", slowHandlerDoesNotLoseItsBatch},
@@ -137,6 +138,7 @@ type note struct {
 
 var (
 	written = postrider.NewTopic[note]("conformance.written.v1")
+	keyed   = postrider.NewTopic[note]("conformance.keyed.v1", postrider.KeyBy(func(n *note) string { return n.Text }))
 	tally   = postrider.NewMethod[note, note]("conformance.v1/Tally")
 )
 

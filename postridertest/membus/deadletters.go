@@ -23,7 +23,7 @@ func (s *subscription) deadLetter(d *delivery, m *postrider.Message, cause error
 	s.bus.stats.DeadLettered++
 	subject := s.bus.subject("dead." + s.Group + "." + m.Topic)
 	k.append(k.streamOf(subject), &stored{
-		subject: subject, event: d.event, raw: d.raw, expiry: d.expiry,
+		subject: subject, event: d.event, raw: d.raw, expiry: d.expiry, key: d.key,
 		letter: &bus.DeadLetter{
 			Group: s.Group, Topic: m.Topic, Subscription: s.handler.Topic(), Code: postrider.CodeOf(cause), Cause: cause.Error(),
 			Attempts: d.attempt, Redrives: d.redrives, Stream: d.stream, Origin: d.sequence, At: time.Now(),
@@ -167,7 +167,7 @@ func (d *DeadLetters) act(ctx context.Context, name string, sequences []uint64, 
 	return done, errors.Join(failed...)
 }
 
-// replay hands a letter to its group beside the order of its other messages, and removes it.
+// replay hands a letter to its group, in the turn of its key if that is ordered, and removes it.
 func (d *DeadLetters) replay(l bus.DeadLetter) error {
 	k := d.bus.broker
 	i := slices.IndexFunc(k.groups, func(g *group) bool { return g.name == l.Group && g.subject == d.bus.subject(l.Subscription) })
@@ -178,8 +178,8 @@ func (d *DeadLetters) replay(l bus.DeadLetter) error {
 	messages := d.stream().messages
 	m := *messages[slices.IndexFunc(messages, func(m *stored) bool { return m.sequence == l.Sequence })]
 	m.subject, m.stream, m.sequence, m.at = d.bus.subject(l.Topic), l.Stream, l.Origin, time.Now()
-	m.redrives, m.letter, m.key = l.Redrives+1, nil, ""
-	k.requeue(k.groups[i], &delivery{stored: &m}, 0)
+	m.redrives, m.letter = l.Redrives+1, nil
+	k.queue(k.groups[i], &m)
 	return d.discard(l)
 }
 
