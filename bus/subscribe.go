@@ -282,19 +282,34 @@ func (s *subscription) bindConsumer(ctx context.Context, stream jetstream.Stream
 		}
 		s.mu.Unlock()
 	}
-	if have, err := stream.Consumer(ctx, s.durable); err == nil {
-		began := have.CachedInfo().Config // that cannot be changed, nor needs to be
-		cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = began.DeliverPolicy, began.OptStartSeq, began.OptStartTime
-	} else if group, err := s.groupConsumer(ctx, stream); err == nil {
+	op := "bus: subscribe " + s.handler.Name() + ": consumer " + s.durable + " of stream " + s.stream
+	have, err := stream.Consumer(ctx, s.durable)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		return fromNATS(op, s.begin(ctx, stream, cfg))
+	}
+	if err != nil {
+		return fromNATS(op, err)
+	}
+	began := have.CachedInfo().Config // that cannot be changed, nor needs to be
+	cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = began.DeliverPolicy, began.OptStartSeq, began.OptStartTime
+	_, err = stream.UpdateConsumer(ctx, cfg)
+	return fromNATS(op, err)
+}
+
+// begin creates a consumer. One for a part of a group that was not divided before begins where the group is.
+func (s *subscription) begin(ctx context.Context, stream jetstream.Stream, cfg jetstream.ConsumerConfig) error {
+	group, err := s.groupConsumer(ctx, stream)
+	switch {
+	case err == nil:
 		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartSequencePolicy, nil
 		cfg.OptStartSeq = group.CachedInfo().AckFloor.Stream + 1
-	} else {
+	case errors.Is(err, jetstream.ErrConsumerNotFound):
 		s.log.Info("new group", "stream", s.stream, "durable", s.durable, "from", s.cfg.from.String())
+	default:
+		return err
 	}
-	if _, err := stream.CreateOrUpdateConsumer(ctx, cfg); err != nil {
-		return fromNATS("bus: subscribe "+s.handler.Name()+": consumer "+s.durable+" of stream "+s.stream, err)
-	}
-	return nil
+	_, err = stream.CreateOrUpdateConsumer(ctx, cfg)
+	return err
 }
 
 // broadcastMemory is how long the server keeps the place of an instance of a broadcast that is away.
