@@ -225,7 +225,7 @@ func TestBatchError(t *testing.T) {
 	t.Parallel()
 	refused := postrider.Errorf(postrider.ResourceExhausted, "too large")
 	batch := &postrider.BatchError{Errs: []error{nil, refused, nil, context.Canceled}}
-	if batch.Error() != "2 of 4 messages were not published, the first: too large (RESOURCE_EXHAUSTED)" {
+	if batch.Error() != "2 of 4 messages failed, the first: too large (RESOURCE_EXHAUSTED)" {
 		t.Error(batch)
 	}
 	wrapped := fmt.Errorf("publish: %w", batch)

@@ -14,11 +14,13 @@ type HandlerFunc func(ctx context.Context, m *Message) (*Message, error)
 // Middleware wraps the handling of messages, events and calls alike.
 type Middleware func(next HandlerFunc) HandlerFunc
 
-// Handler handles the messages of one topic or method. Contracts make it: [Topic.Handler], [Method.Handler],
-// [RawHandler]. A bus subscribes it, an rpc server registers it. It is immutable and safe for concurrent use.
+// Handler handles the messages of one topic or method. Contracts make it: [Topic.Handler], [Topic.BatchHandler],
+// [Method.Handler], [RawHandler]. A bus subscribes it, an rpc server registers it. It is immutable and safe for
+// concurrent use.
 type Handler struct {
 	name, topic string
 	call, raw   bool
+	batch       *batch // nil: takes one message at a time
 	fn          HandlerFunc
 }
 

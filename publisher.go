@@ -18,9 +18,10 @@ type Publisher interface {
 	Publish(ctx context.Context, msgs ...*Message) error
 }
 
-// BatchError tells the fate of each message of a [Publisher.Publish] that failed in part.
+// BatchError tells the fate of each of several messages, of a [Publisher.Publish] or of a [Topic.BatchHandler], that failed
+// in part.
 type BatchError struct {
-	// Errs has one entry for each message, in their order, nil where the message was accepted.
+	// Errs has one entry for each message, in their order, nil where the message was accepted or handled.
 	Errs []error
 }
 
@@ -34,7 +35,7 @@ func (e *BatchError) Error() string {
 			}
 		}
 	}
-	return fmt.Sprintf("%d of %d messages were not published, the first: %v", failed, len(e.Errs), first)
+	return fmt.Sprintf("%d of %d messages failed, the first: %v", failed, len(e.Errs), first)
 }
 
 // Unwrap returns the failures, so that errors.Is finds any of them.

@@ -51,30 +51,23 @@ func splitBatch(msg *nats.Msg, f format) ([]*nats.Msg, error) {
 	return items, nil
 }
 
-// handleBatch hands the events of one message to the handler, one after the other, and settles the message when all are
-// done. While attempts are left, one event that fails brings the whole message again, and with it the events that were done:
-// at least once is what the bus promises. In the end only the events that failed
-// go to the dead letters, each by itself.
+// handleBatch hands the events of one message to the handler and settles the message when all are done. While attempts are
+// left, one event that fails brings the whole message again, and with it the events that were done: at least once is what
+// the bus promises. In the end only the events that failed go to the dead letters, each by itself.
 func (s *subscription) handleBatch(ctx context.Context, d *delivered, items []*nats.Msg, delivery postrider.Delivery) bool {
-	type failure struct {
-		*delivered
-		err error
-	}
-	var failed []failure
+	var failed []outcome
 	var again error
 	var delay time.Duration
 	repeat := func(err error, d time.Duration) { again, delay = err, max(delay, d) }
-	for _, msg := range items {
-		item := newDelivered(msg)
-		reply, err := s.attempt(ctx, item, delivery)
-		if err == nil {
-			if _, err = s.conclude(msg, item.message, reply, nil); err != nil {
+	for _, o := range s.attemptItems(ctx, items, delivery) {
+		if o.err == nil {
+			if _, err := s.conclude(o.Msg, o.message, o.reply, nil); err != nil {
 				repeat(err, backoff.Delay(s.cfg.retry, delivery.Attempt))
 			}
-		} else if d, retry := backoff.Next(s.cfg.retry, delivery.Attempt, err); retry {
-			repeat(err, d)
+		} else if d, retry := backoff.Next(s.cfg.retry, delivery.Attempt, o.err); retry {
+			repeat(o.err, d)
 		} else {
-			failed = append(failed, failure{item, err})
+			failed = append(failed, o)
 		}
 	}
 	for _, f := range failed {

@@ -35,6 +35,8 @@ type subscription struct {
 	pacer   *pacer        // nil: none
 	slots   chan struct{} // bounds the handlers at work, together with the redelivery's
 
+	gathering sync.Mutex // held by the worker that fills a batch
+
 	mu       sync.Mutex
 	sub      *nats.Subscription
 	asked    int          // requested from the server and not yet received
@@ -83,9 +85,9 @@ const (
 // capacity is how many messages the process holds at most, at the least those being handled and as many to follow. Ordered
 // keys wait for each other, so more are held, for other keys to go on. The lock is held.
 func (s *subscription) capacity() int {
-	least := 2 * s.cfg.concurrency
+	least := 2 * s.cfg.atOnce()
 	if s.cfg.ordered {
-		least = 64 + 8*s.cfg.concurrency
+		least = 64 + 8*s.cfg.atOnce()
 	}
 	if s.handlerTime == 0 { // not known yet
 		return least
@@ -104,7 +106,7 @@ func (s *subscription) run(ctx context.Context) error {
 // serve is run for one consumer. It ends with tenure, which ends with ctx: only then DrainTimeout begins.
 func (s *subscription) serve(ctx, tenure context.Context) error {
 	s.held = nil
-	s.queue = make(chan *delivered, maxPrefetch+64+8*s.cfg.concurrency) // all that can be held
+	s.queue = make(chan *delivered, maxPrefetch+64+8*s.cfg.atOnce()) // all that can be held
 	s.wake, s.stop = make(chan struct{}, 1), make(chan struct{})
 	if s.cfg.ordered {
 		s.lanes = newLanes(s.queue)
@@ -115,6 +117,10 @@ func (s *subscription) serve(ctx, tenure context.Context) error {
 	var workers, helpers sync.WaitGroup
 	for range s.cfg.concurrency {
 		workers.Go(func() {
+			if s.handler.IsBatch() {
+				s.workBatches(handlerCtx)
+				return
+			}
 			for d := range s.queue {
 				if !s.admit() && s.lanes == nil {
 					s.settled(d, 0)

@@ -41,6 +41,9 @@
 // which the message comes back to its group alone. Handlers may see a message twice: wrap them with package
 // idempotency where that matters.
 //
+// A handler of batches ([postrider.Topic.BatchHandler], [Batch]) gets many events at a time and tells the fate of each. One
+// that fails is retried by itself.
+//
 // # Dead letters
 //
 // [Bus.DeadLetters] lists them, groups them by cause, and replays, edits or discards them. What is replayed reaches the

@@ -11,7 +11,9 @@ import (
 // they change when a message is handled, and not what becomes of it. Nor is [ParkFailures]: no other bus parks keys.
 type Settings struct {
 	Group       string                // the group, never empty
-	Concurrency int                   // how many messages at once
+	Concurrency int                   // how many messages at once, or batches
+	Batch       int                   // how many messages a batch has at most; 0: the handler takes one at a time
+	BatchWait   time.Duration         // how long a batch waits for more
 	Retry       postrider.RetryPolicy // as given: the zero value is the default policy
 	AckWait     time.Duration         // when the messages of a silent process come back
 	Ordered     bool                  // one message of a key at a time, in order
@@ -25,7 +27,8 @@ type Settings struct {
 func ReadSettings(h postrider.Handler, group string, opts ...SubscribeOption) (Settings, error) {
 	c, err := readOptions(h, group, opts)
 	return Settings{
-		Group: c.group, Concurrency: c.concurrency, Retry: c.retry, AckWait: c.ackWait, Ordered: c.ordered, Broadcast: c.broadcast,
+		Group: c.group, Concurrency: c.concurrency, Batch: c.batch, BatchWait: c.batchWait,
+		Retry: c.retry, AckWait: c.ackWait, Ordered: c.ordered, Broadcast: c.broadcast,
 		config: c,
 	}, err
 }

@@ -24,23 +24,34 @@ func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
 
 // handle runs the handler on one message and settles it. It returns false if the message stays here, to be tried again.
 func (s *subscription) handle(ctx context.Context, d *delivered, fence uint64) bool {
+	delivery, ready, settled := s.prepare(ctx, d, fence)
+	if !ready {
+		return settled
+	}
+	reply, err := s.attempt(ctx, d, delivery)
+	return s.settle(d, reply, err)
+}
+
+// prepare says where a message comes from, if it is ready for the handler. Any other it deals with itself, and says if that one
+// is settled.
+func (s *subscription) prepare(ctx context.Context, d *delivered, fence uint64) (delivery postrider.Delivery, ready, settled bool) {
 	switch {
 	case d.question != "":
 		s.check(d)
-		return true
+		return delivery, false, true
 	case s.own && d.Header.Get(headerRelease) != "":
-		return s.releaseStep(ctx, d, fence)
+		return delivery, false, s.releaseStep(ctx, d, fence)
 	}
 	at, err := placeOf(d.Reply)
 	if err != nil {
 		s.log.Error("a message was dropped that no stream sent", "subject", d.Subject, "error", err)
-		return true
+		return delivery, false, true
 	}
 	if !s.takes(d.Subject) {
 		s.answer(d.Msg, nil)
-		return true
+		return delivery, false, true
 	}
-	delivery := postrider.Delivery{
+	delivery = postrider.Delivery{
 		Attempt: at.attempt + d.attempts, Stream: at.stream, Sequence: at.sequence,
 		Stored: at.stored, Group: s.cfg.group, Fence: fence,
 	}
@@ -48,32 +59,36 @@ func (s *subscription) handle(ctx context.Context, d *delivered, fence uint64) b
 		s.bus.restore(d.Msg, &delivery)
 	}
 	if d.behind != nil {
-		return s.parkBehind(d, delivery)
+		return delivery, false, s.parkBehind(d, delivery)
 	}
 	if items, err := splitBatch(d.Msg, d.format); items != nil && err == nil {
-		return s.handleBatch(ctx, d, items, delivery)
+		return delivery, false, s.handleBatch(ctx, d, items, delivery)
 	}
-	reply, err := s.attempt(ctx, d, delivery)
-	return s.settle(d, reply, err)
+	return delivery, true, false
 }
 
 // attempt reads a message and runs the handler on it.
 func (s *subscription) attempt(ctx context.Context, d *delivered, delivery postrider.Delivery) (reply *postrider.Message, err error) {
+	if err := s.open(d, delivery); err != nil {
+		return nil, err
+	}
+	return s.handler.Handle(ctx, d.message)
+}
+
+// open reads a message. The error is that of one which cannot be handled.
+func (s *subscription) open(d *delivered, delivery postrider.Delivery) error {
 	d.read()
 	m := d.message
 	m.Topic, m.Delivery = s.bus.topic(d.Subject), delivery
 	switch {
 	case d.err != nil:
-		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "bus: not a valid CloudEvent: %w", d.err))
+		return postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "bus: not a valid CloudEvent: %w", d.err))
 	case !d.isEvent && !s.handler.IsRaw():
-		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument,
+		return postrider.Permanent(postrider.Errorf(postrider.InvalidArgument,
 			"bus: not a CloudEvent: there is no ce-specversion header and no CloudEvents content type"))
 	default:
-		if err = checkExpiry(m); err == nil {
-			reply, err = s.handler.Handle(ctx, m)
-		}
+		return checkExpiry(m)
 	}
-	return reply, err
 }
 
 // settle decides what becomes of a handled message: acknowledged, delivered again later, parked, or in the dead letters with

@@ -48,13 +48,18 @@ type subscribeConfig struct {
 	breakerLimit int
 	breakerPause time.Duration
 	rate         float64
+
+	batch      int // 0: the handler takes one at a time
+	batchWait  time.Duration
+	batchGiven bool
 }
 
 // Group names the group: each message goes to one member of each group, and the group keeps its place in the stream
 // while no member runs. By custom it is the service's name. Default [Config.Group].
 func Group(name string) SubscribeOption { return func(c *subscribeConfig) { c.group = name } }
 
-// Concurrency is how many messages this process handles at once, 1 to 10,000. Default 16.
+// Concurrency is how many messages this process handles at once, or [Batch]es, 1 to 10,000. Default 16 messages, or one
+// batch.
 func Concurrency(n int) SubscribeOption { return func(c *subscribeConfig) { c.concurrency = n } }
 
 // Retry sets the policy for failed attempts. A delay is kept by the server, so that it blocks nobody and outlives this
@@ -121,6 +126,9 @@ func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (sub
 	for _, opt := range opts {
 		opt(&c)
 	}
+	if h.IsBatch() {
+		c.concurrency = cmp.Or(c.concurrency, 1)
+	}
 	c.concurrency = cmp.Or(c.concurrency, 16)
 	c.ackWait = cmp.Or(c.ackWait, 10*time.Second)
 	if c.from == 0 {
@@ -154,7 +162,7 @@ func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (sub
 	case c.ordered && c.broadcast:
 		return bad("Ordered and Broadcast exclude each other: one instance is active, or all are")
 	}
-	if err := c.retry.Validate(); err != nil {
+	if err := errors.Join(c.retry.Validate(), c.checkBatch(h)); err != nil {
 		return bad("%w", err)
 	}
 	return c, nil

@@ -302,12 +302,13 @@ func (k *Broker) part(s *subscription) {
 	}
 }
 
-// take waits for a message that is due and gives it to the subscription to hold. It returns nil when ctx ends.
-func (k *Broker) take(ctx context.Context, s *subscription) *delivery {
+// take waits for a message that is due and gives it to the subscription to hold. It returns nil when ctx ends. The
+// subscription may hold so many others, to handle them together.
+func (k *Broker) take(ctx context.Context, s *subscription, holding int) *delivery {
 	for ctx.Err() == nil {
 		k.mu.Lock()
 		k.fire()
-		d, wait := k.next(s)
+		d, wait := k.next(s, holding)
 		if until := k.untilNext(); d == nil && until > 0 && !s.bus.dead && (wait == 0 || until < wait) {
 			wait = until
 		}
@@ -333,12 +334,12 @@ func (k *Broker) take(ctx context.Context, s *subscription) *delivery {
 }
 
 // next returns what the subscription may handle now, or how long to wait for it; zero is until something changes.
-func (k *Broker) next(s *subscription) (*delivery, time.Duration) {
+func (k *Broker) next(s *subscription, holding int) (*delivery, time.Duration) {
 	g := s.group
 	switch {
 	case s.bus.dead || len(g.queue) == 0:
 		return nil, 0
-	case k.Deterministic && (k.running > 0 || k.first() != g && time.Until(g.paused) <= 0):
+	case k.Deterministic && (k.running > holding || k.first() != g && time.Until(g.paused) <= 0):
 		return nil, 0
 	case (k.Deterministic || s.Ordered) && g.members[0] != s: // one instance is active
 		return nil, 0

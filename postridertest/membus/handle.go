@@ -39,7 +39,14 @@ func (s *subscription) run(ctx context.Context) error {
 			continue
 		case slots <- struct{}{}:
 		}
-		if d := s.bus.broker.take(ctx, s); d != nil {
+		if s.handler.IsBatch() {
+			if batch := s.takeBatch(ctx); batch != nil {
+				handlers.Go(func() {
+					s.handleBatch(handlerCtx, batch)
+					<-slots
+				})
+			}
+		} else if d := s.bus.broker.take(ctx, s, 0); d != nil {
 			handlers.Go(func() {
 				s.handle(handlerCtx, d)
 				<-slots
@@ -69,22 +76,28 @@ func (s *subscription) run(ctx context.Context) error {
 
 // handle runs the handler on one message and settles it.
 func (s *subscription) handle(ctx context.Context, d *delivery) {
+	m, err := s.open(d)
+	var reply *postrider.Message
+	if err == nil {
+		reply, err = s.handler.Handle(ctx, m)
+	}
+	s.settle(context.WithoutCancel(ctx), d, m, reply, err)
+}
+
+// open reads a message. The error is that of one which cannot be handled.
+func (s *subscription) open(d *delivery) (*postrider.Message, error) {
 	m, err := d.message(s.bus.topic(d.subject))
 	m.Delivery = postrider.Delivery{
 		Attempt: d.attempt, Stream: d.stream, Sequence: d.sequence, Stored: d.at, Group: s.Group, Fence: s.fence,
 	}
-	var reply *postrider.Message
 	switch {
 	case err != nil:
-		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a valid CloudEvent: %w", err))
+		return m, postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a valid CloudEvent: %w", err))
 	case d.event == nil && !s.handler.IsRaw():
-		err = postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a CloudEvent: it has no attributes"))
+		return m, postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a CloudEvent: it has no attributes"))
 	default:
-		if err = d.expired("handle", m); err == nil {
-			reply, err = s.handler.Handle(ctx, m)
-		}
+		return m, d.expired("handle", m)
 	}
-	s.settle(context.WithoutCancel(ctx), d, m, reply, err)
 }
 
 // settle decides what becomes of a handled message, by the rules of package bus: nothing is settled before what follows
