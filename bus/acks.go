@@ -80,6 +80,7 @@ func (a *acks) add(t trip, f *flow) *waiter {
 		if err != nil {
 			delete(a.waiters, w.id)
 			w.waiting = false
+			t.lose()
 			w.done <- fromNATS("bus: subscribe to acknowledgements", err)
 			return w
 		}
@@ -153,8 +154,10 @@ func (w *waiter) resolve(err error) {
 		w.waiting = false
 		delete(w.acks.waiters, w.id)
 	}
+	t := w.trip
 	w.acks.mu.Unlock()
 	if waiting {
+		t.lose()
 		w.done <- err
 	}
 }

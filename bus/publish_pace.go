@@ -72,6 +72,13 @@ func (t trip) end() {
 	}
 }
 
+// lose notes that there is no acknowledgement.
+func (t trip) lose() {
+	if t.pace != nil {
+		t.pace.singles.Add(-1)
+	}
+}
+
 // learn takes a value into an average.
 func learn(average *atomic.Int64, value, share int64) {
 	have := average.Load()

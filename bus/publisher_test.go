@@ -78,17 +78,21 @@ func TestPublishHonoursItsContext(t *testing.T) {
 	t.Cleanup(func() { _ = sub.Unsubscribe() })
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	l := newLane(newPublisher(nc, js), jetstream.StreamConfig{AllowAtomicPublish: true, AllowBatchPublish: true})
+	pub := newPublisher(nc, js)
+	l, grouping := newLane(pub, jetstream.StreamConfig{AllowBatchPublish: true}), newLane(pub, jetstream.StreamConfig{AllowAtomicPublish: true})
 	silent := func() *entry { return &entry{msg: &nats.Msg{Subject: "silent"}} }
 	for name, publish := range map[string]func() error{
 		"alone":           func() error { return l.one(ctx, silent()) },
 		"singly":          func() error { return l.publish(ctx, []*entry{silent()})[0] },
 		"in a fast batch": func() error { return l.publish(ctx, []*entry{silent(), silent(), silent(), silent()})[3] },
-		"in a group":      func() error { return l.join(ctx, []*entry{silent()}) },
+		"in a group":      func() error { return grouping.join(ctx, []*entry{silent()}) },
 	} {
 		if err := publish(); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, postrider.DeadlineExceeded) {
 			t.Errorf("%s: error is %v, want that of the context", name, err)
 		}
+	}
+	if n := l.pace.singles.Load(); n != 0 {
+		t.Errorf("%d messages count as on their way", n)
 	}
 	nc.Close() // ends the wait that goes on behind
 }
