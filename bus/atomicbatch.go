@@ -81,10 +81,8 @@ func (l *lane) commit(b *atomicBatch, group []*entry) {
 	ctx := context.Background() // the callers wait with theirs
 	err := b.waiter.wait(ctx, l.pub.timeout)
 	l.pace.batches.Add(1)
-	if took := int64(time.Since(b.began)); err == nil && took > l.pace.batch.Load() {
-		learn(&l.pace.batch, took, 2) // where batches do not pay, few shall tell
-	} else if err == nil {
-		learn(&l.pace.batch, took, 8)
+	if err == nil {
+		l.pace.batched(time.Since(b.began))
 	}
 	unknown := errors.Is(err, postrider.DeadlineExceeded) && slices.ContainsFunc(group, (*entry).isNameless)
 	if err == nil || unknown || errors.Is(err, postrider.Unavailable) {

@@ -104,6 +104,29 @@ func (l *lane) work() {
 		default:
 			return
 		}
+		if l.pace.isCheap() {
+			l.disband()
+			return
+		}
+	}
+}
+
+// disband sends what is queued singly; from now on callers send for themselves.
+func (l *lane) disband() {
+	l.mu.Lock()
+	rest := l.queue
+	l.queue = nil
+	l.grouping.Store(false)
+	l.mu.Unlock()
+	for len(rest) > 0 {
+		n := groupSize(rest)
+		if err := l.singly(context.Background(), rest[:n]); err != nil {
+			n = len(rest)
+			for _, e := range rest[groupSize(rest):] { // must not overtake
+				l.finish(e, err)
+			}
+		}
+		rest = rest[n:]
 	}
 }
 
@@ -171,5 +194,5 @@ func (l *lane) sendGroup(group []*entry) {
 		return
 	}
 	_ = l.singly(ctx, group)
-	learn(&l.pace.batch, int64(firstBatchTime), 64) // one slow batch must not be the last
+	learn(&l.pace.batch, int64(firstBatchTime), 64) // slow batches must not be the last
 }

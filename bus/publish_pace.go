@@ -34,10 +34,27 @@ const (
 	minAhead = 8
 )
 
+// isCheap says if no batch pays.
+func (p *pace) isCheap() bool { return p.single.Load() <= int64(cheapSingle) }
+
 // pays says if n messages are better published as an atomic batch, by a margin, since in a group each waits for all.
 func (p *pace) pays(n int) bool {
 	single, batch := p.single.Load(), p.batch.Load()
-	return n >= minBatch && single > int64(cheapSingle) && p.alone.Load()+int64(n)*single > batch+batch/2
+	if single == 0 { // few shall be on their way until it is known
+		return n > probeSize
+	}
+	return n >= minBatch && !p.isCheap() && p.alone.Load()+int64(n)*single > batch+batch/2
+}
+
+// batched notes what a batch took. More than before is believed soon, because where batches do not pay few shall tell; but one
+// that was held up by something else must not be the last.
+func (p *pace) batched(d time.Duration) {
+	have, took := p.batch.Load(), int64(d)
+	if took > have {
+		learn(&p.batch, min(took, 4*have), 2)
+	} else {
+		learn(&p.batch, took, 8)
+	}
 }
 
 // trip is the way of one message that is sent singly. The zero trip tells nothing.
@@ -68,7 +85,11 @@ func (t trip) end() {
 			p.alone.Store(took)
 		}
 	case t.ahead >= minAhead: // the server acknowledges in bursts: the time between two acknowledgements tells nothing
-		learn(&p.single, max(took-p.alone.Load(), 0)/t.ahead, min(t.share, p.samples.Add(1)))
+		n := p.samples.Add(1)
+		learn(&p.single, max(took-p.alone.Load(), 0)/t.ahead, min(t.share, n))
+		if n%shareOfMany == 0 { // slow batches must not be the last
+			learn(&p.batch, int64(firstBatchTime), 16)
+		}
 	}
 }
 
