@@ -293,8 +293,19 @@ func (s *subscription) pullSubject() string {
 	return "$JS.API.CONSUMER.MSG.NEXT." + s.stream + "." + s.durable
 }
 
-// reset forgets the pull requests that are out. What they still bring goes to nobody and comes again after AckWait.
+// reset forgets the pull requests that are out. What they still bring goes to nobody and comes again after AckWait. In an
+// ordered subscription newer messages would overtake it: the owner has the deliveries begin anew.
 func (s *subscription) reset() {
+	s.unlisten()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pin != "" {
+		s.letGo()
+		s.takeOver, s.wasReset = true, false
+	}
+}
+
+func (s *subscription) unlisten() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sub != nil {

@@ -22,6 +22,7 @@ type delivered struct {
 	// Of an ordered subscription only.
 	lane     *keyLane    // of its key; nil: it waits for nobody
 	attempts int         // failed in its lane, beside those that the server counts
+	begun    bool        // a worker is at it
 	timer    *time.Timer // until it is tried again in its lane; nil: it is not waiting for that
 
 	behind   *parkedKey // its key is parked, and the message is to go behind the others

@@ -63,8 +63,10 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 	if err != nil || !ours {
 		return err
 	}
-	var keys parked
-	if !s.own {
+	s.mu.Lock()
+	keys := s.parked // not nil: we were the owner, and have kept it up to date
+	s.mu.Unlock()
+	if !s.own && keys == nil {
 		if keys, err = s.loadParked(ctx); err != nil {
 			return fromNATS(op, err)
 		}
@@ -78,7 +80,7 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 	if !ours {
 		return nil
 	}
-	s.reset() // the server forgets what was asked for before: it is asked again, on another inbox
+	s.unlisten() // the server forgets what was asked for before: it is asked again, on another inbox
 	info, err := s.bus.js.ResetConsumer(ctx, s.stream, s.durable)
 	if err != nil {
 		return fromNATS(op, err)

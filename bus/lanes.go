@@ -24,7 +24,8 @@ type lanes struct {
 // keyLane is a key of which a message is with a worker, or waits to be tried again.
 type keyLane struct {
 	key     string
-	waiting []*delivered // behind that one
+	first   *delivered   // that one
+	waiting []*delivered // behind it
 }
 
 func newLanes(queue chan<- *delivered) *lanes {
@@ -38,7 +39,7 @@ func (l *lanes) add(d *delivered, key string) {
 			d.lane.waiting = append(d.lane.waiting, d)
 			return
 		}
-		d.lane = &keyLane{key: key}
+		d.lane = &keyLane{key: key, first: d}
 		l.byKey[key] = d.lane
 	}
 	l.queue <- d
@@ -52,9 +53,10 @@ func (l *lanes) next(d *delivered) {
 	case len(lane.waiting) == 0:
 		delete(l.byKey, lane.key)
 	default:
-		l.queue <- lane.waiting[0]
+		lane.first = lane.waiting[0]
 		lane.waiting[0] = nil
 		lane.waiting = lane.waiting[1:]
+		l.queue <- lane.first
 	}
 }
 
@@ -69,8 +71,13 @@ func (s *subscription) retryInPlace(d *delivered, delay time.Duration) {
 
 // later gives a message that is with nobody to a worker, after a delay or at once. The lock is held.
 func (s *subscription) later(d *delivered, delay time.Duration) {
-	if s.draining || !d.isHeld() {
-		return // the drain gives it back, or the next owner has it
+	d.begun = false
+	switch {
+	case s.draining: // which gives it back
+		return
+	case !d.isHeld(): // the next owner has it, which may be us again
+		s.lanes.next(d)
+		return
 	}
 	if delay == 0 {
 		d.timer = nil
@@ -111,23 +118,37 @@ func (s *subscription) owned(d *delivered) bool {
 	}
 	// What was on its way before the reset has a number above that of the message which told of the pin.
 	at, err := placeOf(d.Reply)
-	s.takeOver = err != nil || at.consumer != 1
+	s.takeOver = !s.wasReset || err != nil || at.consumer != 1
 	return !s.takeOver
 }
 
-// disown forgets all messages of an ownership that has ended. Handlers that run cannot be called back. The lock is held.
+// disown forgets the messages of an ownership that has ended. The lock is held.
 func (s *subscription) disown() {
 	s.pin, s.fence, s.takeOver, s.wasReset = "", 0, false, false
 	s.parked = nil
-	clear(s.lanes.byKey)
-	for _, d := range s.held {
-		d.index = -1
+	s.letGo()
+	for _, d := range slices.Clone(s.held) { // those that run: what comes of them is the next owner's business
+		s.release(d)
+	}
+}
+
+// letGo forgets all messages that no worker has begun: they come again, here or to another owner. Handlers that run cannot
+// be called back, so their keys stay busy. The lock is held.
+func (s *subscription) letGo() {
+	for _, d := range slices.Clone(s.held) {
+		if d.begun {
+			continue
+		}
+		s.release(d)
 		if d.timer != nil {
 			d.timer.Stop()
 		}
 	}
-	clear(s.held)
-	s.held = s.held[:0]
+	for key, lane := range s.lanes.byKey {
+		if lane.waiting = nil; !lane.first.begun {
+			delete(s.lanes.byKey, key)
+		}
+	}
 	for {
 		select {
 		case _, open := <-s.queue:
@@ -200,11 +221,11 @@ func (s *subscription) mayBegin(d *delivered) (fence uint64, may bool) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.expired() || s.draining {
+	if s.expired() || s.draining || !d.isHeld() {
 		return 0, false
 	}
-	d.behind = s.parkedOf(d)
-	return s.fence, d.isHeld()
+	d.begun, d.behind = true, s.parkedOf(d)
+	return s.fence, true
 }
 
 // giveBackAll hands what is left after the drain to the next owner, in the order of the stream.

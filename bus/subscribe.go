@@ -95,10 +95,10 @@ func Broadcast() SubscribeOption { return func(c *subscribeConfig) { c.broadcast
 //
 // The instances of the group share the keys, if the stream has partitions ([Stream].Partitions) and the topic does not end
 // in ">"; otherwise one instance is active. When one stops, others take over its keys at once, when it dies, within about
-// three seconds, and when one comes, it gets its part as the others finish what they have begun. After a take-over messages that were handled before may come
-// again, in order and with older ones first: wrap the handler with package idempotency. An instance that was stopped for a
-// while may finish what it had begun beside its successor: where that matters, have what the handler writes to refuse a
-// smaller Delivery.Fence than it has seen.
+// three seconds, and when one comes, it gets its part as the others finish what they have begun. After a take-over, or
+// a broken connection, messages that were handled before may come again, in order and with older ones first: wrap the
+// handler with package idempotency. An instance that was stopped for a while may finish what it had begun beside its
+// successor: where that matters, have what the handler writes to refuse a smaller Delivery.Fence than it has seen.
 func Ordered() SubscribeOption { return func(c *subscribeConfig) { c.ordered = true } }
 
 // ParkFailures has a subscription that is [Ordered] park the key of whatever message would go to the dead letters, as if its

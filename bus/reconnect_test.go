@@ -1,0 +1,80 @@
+package bus_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/postridertest"
+)
+
+// cutter is a dialer whose connections can be broken, with what is on its way in them.
+type cutter struct {
+	net.Dialer
+	mu   sync.Mutex
+	last net.Conn
+}
+
+func (c *cutter) Dial(network, address string) (net.Conn, error) {
+	conn, err := c.Dialer.Dial(network, address)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.last = conn
+	return conn, err
+}
+
+func (c *cutter) cut() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_ = c.last.(*net.TCPConn).SetLinger(0)
+	_ = c.last.Close()
+}
+
+// TestOrderedOverReconnects breaks the owner's connection again and again, with messages on their way in it: the server sends
+// them again later, and their keys must wait for that.
+func TestOrderedOverReconnects(t *testing.T) {
+	t.Parallel()
+	srv := postridertest.NewNATS(t)
+	c := &cutter{}
+	nc := srv.Connect(nats.SetCustomDialer(c), nats.ReconnectWait(time.Millisecond), nats.MaxReconnects(-1))
+	d := newDiary()
+	sub := newBus(t, nc)
+	if err := sub.Subscribe(keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		defer d.begin(e.Value)()
+		d.finish(e.Value)
+		return nil
+	}), bus.Ordered(), bus.From(bus.DeliverAll), bus.AckWait(2*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, sub)
+	<-sub.Started()
+	const keys, rounds, each = 20, 12, 100
+	pub := newBus(t, srv.Connect())
+	for r := range rounds {
+		before := d.handled()
+		var wg sync.WaitGroup
+		wg.Go(func() { publishKeyed(t, pub, keys, r*each, each) })
+		postridertest.Eventually(t, func() error {
+			if n := d.handled() - before; n < 300 {
+				return fmt.Errorf("%d handled", n)
+			}
+			return nil
+		})
+		c.cut()
+		wg.Wait()
+	}
+	postridertest.Eventually(t, func() error {
+		if n := d.handled(); n < keys*rounds*each {
+			return fmt.Errorf("%d of %d handled", n, keys*rounds*each)
+		}
+		return nil
+	})
+	d.check(t)
+}
