@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -85,6 +86,16 @@ func (k *breaker) leave(failed bool) bool {
 	return true
 }
 
+// skip notes that a message was none to go by: if it was the probe, the next one is.
+func (k *breaker) skip() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.probing {
+		k.probing = false
+		k.change()
+	}
+}
+
 func (k *breaker) change() {
 	close(k.changed)
 	k.changed = make(chan struct{})
@@ -92,6 +103,10 @@ func (k *breaker) change() {
 
 // broken notes an outcome with the breaker, if there is one, and pauses the group when the circuit opens.
 func (s *subscription) broken(err error) {
+	if s.breaker != nil && errors.Is(err, errUnwanted) {
+		s.breaker.skip()
+		return
+	}
 	if s.breaker == nil || !s.breaker.leave(err != nil && postrider.Retryable(err)) {
 		return
 	}

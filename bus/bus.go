@@ -164,13 +164,14 @@ type Bus struct {
 }
 
 type counters struct {
-	published, handled, retried, deadLettered, parked atomic.Int64
+	published, handled, filtered, retried, deadLettered, parked atomic.Int64
 }
 
 // Stats counts what a [Bus] has done since it was made.
 type Stats struct {
 	Published    int64 // messages that a stream acknowledged, duplicates included
 	Handled      int64 // messages whose handler succeeded, or refused a command
+	Filtered     int64 // messages that a [Filter] did not want
 	Retried      int64 // failed attempts that are tried again
 	DeadLettered int64 // messages moved to the dead letters
 	Parked       int64 // messages moved to their parked key
@@ -200,7 +201,7 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 // Stats returns the counters.
 func (b *Bus) Stats() Stats {
 	return Stats{
-		Published: b.stats.published.Load(), Handled: b.stats.handled.Load(),
+		Published: b.stats.published.Load(), Handled: b.stats.handled.Load(), Filtered: b.stats.filtered.Load(),
 		Retried: b.stats.retried.Load(), DeadLettered: b.stats.deadLettered.Load(), Parked: b.stats.parked.Load(),
 	}
 }

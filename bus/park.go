@@ -124,7 +124,7 @@ func (s *subscription) parks(d *delivered, err error) bool {
 
 // stops says if nothing else of a key may be handled after an error.
 func (s *subscription) stops(m *postrider.Message, err error) bool {
-	return postrider.Parks(err) || s.cfg.parkFailures && !s.refuses(m, err)
+	return postrider.Parks(err) || s.cfg.parkFailures && !s.refuses(m, err) && !errors.Is(err, errUnwanted)
 }
 
 // keeps says if the messages of a key have their turns here. In a stream with partitions that is not so for those that a

@@ -1,6 +1,7 @@
 package bus
 
 import (
+	"errors"
 	"time"
 
 	"github.com/postrider/postrider"
@@ -31,6 +32,15 @@ func ReadSettings(h postrider.Handler, group string, opts ...SubscribeOption) (S
 		Retry: c.retry, AckWait: c.ackWait, Ordered: c.ordered, Broadcast: c.broadcast,
 		config: c,
 	}, err
+}
+
+// Wants asks the [Filter] about a message. The error is that of a filter that panicked.
+func (s Settings) Wants(m *postrider.Message) (bool, error) {
+	err := s.config.wants(m)
+	if errors.Is(err, errUnwanted) {
+		return false, nil
+	}
+	return true, err
 }
 
 // Begins says if a group that did not exist before handles a message that the stream had then: its sequence in the

@@ -11,7 +11,8 @@ func TestSettingsTellEveryOption(t *testing.T) {
 	told := map[string]bool{
 		"group": true, "concurrency": true, "retry": true, "ackWait": true, "ordered": true, "broadcast": true,
 		"batch": true, "batchWait": true, "batchGiven": true, // refused where the handler takes no batches
-		"from": true, "sequence": true, "since": true, // Settings.Begins
+		"filter": true,                                  // Settings.Wants
+		"from":   true, "sequence": true, "since": true, // Settings.Begins
 		"parkFailures": true,                                     // no other bus parks
 		"breakerLimit": true, "breakerPause": true, "rate": true, // when, not what: the docs say that they are not told
 	}

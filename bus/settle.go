@@ -86,9 +86,11 @@ func (s *subscription) open(d *delivered, delivery postrider.Delivery) error {
 	case !d.isEvent && !s.handler.IsRaw():
 		return postrider.Permanent(postrider.Errorf(postrider.InvalidArgument,
 			"bus: not a CloudEvent: there is no ce-specversion header and no CloudEvents content type"))
-	default:
-		return checkExpiry(m)
 	}
+	if err := s.cfg.wants(m); err != nil {
+		return err
+	}
+	return checkExpiry(m)
 }
 
 // settle decides what becomes of a handled message: acknowledged, delivered again later, parked, or in the dead letters with
@@ -118,6 +120,10 @@ func (s *subscription) settle(d *delivered, reply *postrider.Message, err error)
 // conclude stores what follows from the last attempt: the reply, or the dead letter if it failed. It returns what to tell
 // the server, where nothing acknowledges. An error means that the message must come again.
 func (s *subscription) conclude(msg *nats.Msg, m, reply *postrider.Message, err error) (verdict []byte, _ error) {
+	if errors.Is(err, errUnwanted) {
+		s.bus.stats.filtered.Add(1)
+		return nil, nil
+	}
 	if err == nil && (reply == nil || reply.Topic == "") {
 		s.bus.stats.handled.Add(1)
 		return nil, nil

@@ -52,6 +52,8 @@ type subscribeConfig struct {
 	batch      int // 0: the handler takes one at a time
 	batchWait  time.Duration
 	batchGiven bool
+
+	filter func(m *postrider.Message) bool // nil: everything is wanted
 }
 
 // Group names the group: each message goes to one member of each group, and the group keeps its place in the stream

@@ -368,3 +368,40 @@ func misuseIsAnError(e *env) {
 		e.Errorf("Run without a stream for a topic: %v", err)
 	}
 }
+
+func filterTakesWhatIsWanted(e *env) {
+	b := e.open()
+	var mails, bills journal
+	var many batches
+	wanted := bus.Filter(func(m *postrider.Message) bool {
+		if m.Subject == "panic" && m.Delivery.Attempt < 3 {
+			panic("ouch")
+		}
+		return m.Subject != "unwanted"
+	})
+	e.must(b.Subscribe(mails.handler(), bus.Group("mailer"), wanted, quick, all))
+	e.must(b.Subscribe(many.handler(), bus.Group("report"), wanted, quick, bus.Batch(10, 20*time.Millisecond), all))
+	e.must(b.Subscribe(bills.handler(), bus.Group("billing"), all))
+	for i := range 20 {
+		subject := "wanted"
+		if i%2 == 1 {
+			subject = "unwanted"
+		}
+		e.must(written.Publish(e.Context(), b, &note{N: i / 2}, postrider.Subject(subject)))
+	}
+	e.must(written.Publish(e.Context(), b, &note{N: 10}, postrider.Subject("panic")))
+	expired, err := written.Message(e.Context(), &note{N: 90}, postrider.Subject("unwanted"), postrider.Expires(time.Millisecond))
+	e.must(err)
+	e.must(b.Publish(e.Context(), expired))
+	<-time.After(10 * time.Millisecond)
+	e.run(b)
+	mails.once(e, 11) // and the one that the filter could not bear at first
+	many.once(e, 11)
+	e.eventually("notes handled without a filter", bills.count, 21)
+	if l := e.letters(b, 1)[0]; l.Group != "billing" {
+		e.Errorf("the group %s has a dead letter: what it does not want may expire", l.Group)
+	}
+	if s, ok := b.(interface{ Stats() bus.Stats }); ok {
+		e.eventually("messages filtered", func() int { return int(s.Stats().Filtered) }, 2*11)
+	}
+}

@@ -106,6 +106,7 @@ var promises = []struct {
 	{"RedriveTakesItsTurn", redriveTakesItsTurn},
 	{"DeadLettersAreSelectedAndDiscarded", deadLettersAreSelectedAndDiscarded},
 	{"UndecodableMessageStopsNobody", undecodableMessageStopsNobody},
+	{"FilterTakesWhatIsWanted", filterTakesWhatIsWanted},
 	{"BatchIsWhatHasCome", batchIsWhatHasCome},
 	{"BatchTellsEachEventsFate", batchTellsEachEventsFate},
 	{"BatchFailsAsOne", batchFailsAsOne},

@@ -95,15 +95,28 @@ func (s *subscription) open(d *delivery) (*postrider.Message, error) {
 		return m, postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a valid CloudEvent: %w", err))
 	case d.event == nil && !s.handler.IsRaw():
 		return m, postrider.Permanent(postrider.Errorf(postrider.InvalidArgument, "membus: not a CloudEvent: it has no attributes"))
-	default:
-		return m, d.expired("handle", m)
 	}
+	switch wanted, err := s.Wants(m); {
+	case err != nil:
+		return m, err
+	case !wanted:
+		return m, errUnwanted
+	}
+	return m, d.expired("handle", m)
 }
+
+// errUnwanted is the outcome of a message that the filter does not want.
+var errUnwanted = errors.New("membus: the filter does not want the message")
 
 // settle decides what becomes of a handled message, by the rules of package bus: nothing is settled before what follows
 // from it is stored.
 func (s *subscription) settle(ctx context.Context, d *delivery, m, reply *postrider.Message, err error) {
 	b := s.bus
+	if errors.Is(err, errUnwanted) {
+		b.count(func(st *bus.Stats) { st.Filtered++ })
+		b.broker.release(s, d, -1)
+		return
+	}
 	dead := false
 	if err != nil {
 		if delay, again := backoff.Next(s.Retry, d.attempt, err); again {
