@@ -101,7 +101,7 @@ func (d *delivered) key() string {
 			return ""
 		}
 	}
-	if d.Header[headerRelease] != nil {
+	if d.format == formatNone && d.Header[headerRelease] != nil {
 		return unquote(d.Header.Get(headerParkedKey))
 	}
 	d.read()

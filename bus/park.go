@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -189,6 +190,7 @@ func (s *subscription) parkLast(d *delivered, at postrider.Delivery, cause error
 	}
 	token := keyToken(d.lane.key)
 	header := ownHeaders(d.Header, 12)
+	maps.DeleteFunc(header, func(k string, _ []string) bool { return strings.HasPrefix(k, headerOwn) }) // of a letter published anew
 	for _, h := range [...][2]string{
 		{headerGroup, s.cfg.group},
 		{headerTopic, s.bus.topic(d.Subject)},
@@ -264,6 +266,14 @@ func (s *subscription) hear(question *nats.Msg) {
 	defer s.mu.Unlock()
 	if !s.keeps(key) || s.parked == nil || s.draining || len(s.held) >= cap(s.queue) {
 		return // it is asked again
+	}
+	if lane := s.lanes.byKey[key]; lane != nil {
+		for _, d := range lane.waiting {
+			if d.question != "" { // the releaser has given up waiting for the answer to that
+				d.question = question.Reply
+				return
+			}
+		}
 	}
 	d := newDelivered(&nats.Msg{})
 	d.question, d.since = question.Reply, time.Now().UnixNano()

@@ -69,7 +69,7 @@ func (s *subscription) releaseStep(ctx context.Context, cmd *delivered, fence ui
 			return s.releaseFirst(ctx, cmd, first, fence)
 		}
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			s.goOn(cmd, func(r *release) { r.held = false })
+			s.goOn(cmd, func(r *release) { r.held, r.fenced = false, false })
 			return false
 		}
 	}
@@ -127,8 +127,8 @@ func (s *subscription) answered(msg *nats.Msg) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, cmd := range s.held {
-		if r := cmd.release; r != nil && r.question == msg.Subject {
-			r.question = ""
+		// An answer that is late finds the command on its way to ask again: it must not be with two workers.
+		if r := cmd.release; r != nil && r.question == msg.Subject && cmd.timer != nil {
 			r.held, r.done = string(msg.Data) == answerParked, string(msg.Data) == answerFree
 			s.later(cmd, 0)
 			return

@@ -396,10 +396,27 @@ func TestParkedKeyOutlivesItsOwner(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The group begins anew: all comes again, and is known to be parked.
+	// The group begins anew: all comes again, and is known to be parked, also when the server has forgotten its ids.
 	js, err := jetstream.New(nc)
 	if err != nil {
 		t.Fatal(err)
+	}
+	stream, err := js.Stream(t.Context(), "PARKED")
+	if err != nil {
+		t.Fatal(err)
+	}
+	messages := stored(t, nc, "PARKED")
+	if err := js.DeleteStream(t.Context(), "PARKED"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := js.CreateStream(t.Context(), stream.CachedInfo().Config); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range messages {
+		m.Header.Del("Nats-Msg-Id")
+		if _, err := js.PublishMsg(t.Context(), &nats.Msg{Subject: m.Subject, Header: m.Header, Data: m.Data}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := js.DeleteConsumer(t.Context(), "NOTES", "tester-notes_keyed_v1"); err != nil {
 		t.Fatal(err)
@@ -419,6 +436,58 @@ func TestParkedKeyOutlivesItsOwner(t *testing.T) {
 	postridertest.Eventually(t, wantCount(d.handled, 61))
 	nothingParked(t, nc, b)
 	d.check(t)
+}
+
+// An instance dies in the middle of a release. The next one goes on with the message that was being handled.
+func TestReleaseOutlivesItsReleaser(t *testing.T) {
+	t.Parallel()
+	srv := postridertest.NewNATS(t)
+	const per = 10
+	var released atomic.Bool
+	handled := make(chan [2]int, 10*per) // who, what
+	reached := make(chan struct{})       // the middle, by the first instance
+	dead := make(chan struct{})
+	start := func(who int, nc *nats.Conn) {
+		b := newBus(t, nc)
+		h := keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+			switch {
+			case !released.Load():
+				return postrider.Park(errors.New("broken"))
+			case who == 1 && e.Value.N == per/2:
+				close(reached)
+				<-dead
+				return errors.New("the dead do nothing")
+			}
+			handled <- [2]int{who, e.Value.N}
+			return nil
+		})
+		if err := b.Subscribe(h, bus.Ordered(), bus.From(bus.DeliverAll)); err != nil {
+			t.Fatal(err)
+		}
+		run(t, b)
+		<-b.Started()
+	}
+	first := srv.Connect()
+	start(1, first)
+	pub := newBus(t, srv.Connect())
+	publishKeyed(t, pub, 1, 0, per)
+	parkedKeys(t, pub, bus.ParkedFilter{}, per)
+	released.Store(true)
+	if n, err := pub.Parked().Release(t.Context(), bus.ParkedFilter{}, operator); n != 1 || err != nil {
+		t.Fatalf("%d released, error %v", n, err)
+	}
+	<-reached
+	publishKeyed(t, pub, 1, per, per) // behind the rest, wherever that is
+	start(2, srv.Connect())
+	first.Close()
+	close(dead)
+	for n := range 2 * per {
+		got := <-handled
+		if want := 1 + min(1, n/(per/2)); got != [2]int{want, n} {
+			t.Fatalf("instance %d handled %d, want instance %d and %d", got[0], got[1], want, n)
+		}
+	}
+	nothingParked(t, srv.Connect(), pub)
 }
 
 // What is discarded is not handled; without the message that the key was parked for, the rest goes on.
@@ -668,4 +737,46 @@ func TestWireDocumentParked(t *testing.T) {
 	}
 	command.Header.Set("Nats-Msg-Id", headersOf(headers)["Nats-Msg-Id"])
 	compareStored(t, command, "group.tester.notes.keyed.v1", headers, []byte(data))
+}
+
+// A dead letter that somebody publishes anew with all its headers is not what a key was parked for.
+func TestParkedLetterPublishedAnew(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	var got seen
+	h := keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		if e.Value.N == 0 {
+			return postrider.Park(errors.New("poison"))
+		}
+		got.add(*e.Value)
+		return nil
+	})
+	if err := b.Subscribe(h, bus.Ordered(), bus.From(bus.DeliverAll)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	publishKeyed(t, b, 1, 0, 1)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	anew := &nats.Msg{Subject: "notes.keyed.v1", Data: []byte(`{"n":1,"text":"key-0"}`), Header: nats.Header{
+		"ce-specversion": {"1.0"}, "ce-id": {"1"}, "ce-source": {"//test"}, "ce-type": {"notes.keyed.v1"},
+		"ce-datacontenttype": {"application/json"}, "ce-partitionkey": {"key-0"},
+		"Postrider-Code": {"NOT_FOUND"}, "Postrider-Letter": {"7"}, "Postrider-Payload": {"origin"}, "Postrider-Release": {"key"},
+	}}
+	if _, err := js.PublishMsg(t.Context(), anew); err != nil {
+		t.Fatal(err)
+	}
+	parkedKeys(t, b, bus.ParkedFilter{}, 2)
+	messages, _, err := b.Parked().Messages(t.Context(), bus.ParkedFilter{}, 0, 0)
+	if err != nil || len(messages) != 2 || messages[1].Code != postrider.OK {
+		t.Fatalf("parked are %+v, error %v", messages, err)
+	}
+	if n, err := b.Parked().Discard(t.Context(), []uint64{messages[0].Sequence}, operator); n != 1 || err != nil {
+		t.Fatalf("%d discarded, error %v", n, err)
+	}
+	postridertest.Eventually(t, wantCount(got.count, 1))
+	nothingParked(t, nc, b)
 }
