@@ -140,6 +140,7 @@ func readTrace(t *testing.T, trace string) (acks, groups, atRisk int) {
 	defer f.Close()
 	files, unfinished := map[string]*traced{}, map[string]func(){}
 	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 64<<20) // a line has all that was written at once, as text
 	for lines.Scan() {
 		line := lines.Text()
 		if m := resumedLine.FindStringSubmatch(line); m != nil {
