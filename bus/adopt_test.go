@@ -392,6 +392,51 @@ func TestServicesDeclareOneStreamTogether(t *testing.T) {
 	}
 }
 
+// A service goes on when its stream was deleted, or lost its topics to somebody who wrote the configuration over.
+func TestDeclaredAgain(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBus(t, nc)
+	publish := func(id string, opts ...postrider.PublishOption) {
+		t.Helper()
+		if err := noted.Publish(t.Context(), b, &note{Text: id}, append(opts, postrider.MessageID(id))...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish("first")
+	cfg := streamConfig(t, nc, "NOTES")
+	cfg.Subjects = []string{"other.>"}
+	if _, err := js.UpdateStream(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	publish("without topics")
+	if have := streamConfig(t, nc, "NOTES"); !slices.Equal(have.Subjects, []string{"other.>", "notes.>", "replies.>"}) {
+		t.Errorf("the stream takes %v, want our topics beside the new one", have.Subjects)
+	}
+	publish("later", postrider.Delay(time.Hour))
+	for _, name := range []string{"NOTES", "SCHEDULES"} {
+		if err := js.DeleteStream(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish("without stream")
+	publish("much later", postrider.Delay(time.Hour))
+	if n := len(stored(t, nc, "NOTES")); n != 1 {
+		t.Errorf("%d messages are in the new stream, want 1", n)
+	}
+	if n := len(stored(t, nc, "SCHEDULES")); n != 1 {
+		t.Errorf("%d messages wait in the new stream, want 1", n)
+	}
+	err = b.Publish(t.Context(), &postrider.Message{ID: "1", Type: "stray.v1"})
+	if !errors.Is(err, postrider.FailedPrecondition) || postrider.Retryable(err) {
+		t.Errorf("a topic that nobody declares: %v, want FailedPrecondition", err)
+	}
+}
+
 // Instances of one service start at the same time on an empty server.
 func TestInstancesStartTogether(t *testing.T) {
 	t.Parallel()

@@ -55,7 +55,7 @@ var promises = []struct {
 
 	// Declared topology.
 	{"streams and consumers are declared once, however often and by how many instances", []string{
-		"TestDeclareStreams", "TestInstancesStartTogether", "TestServicesDeclareOneStreamTogether", "TestAdoptStream",
+		"TestDeclareStreams", "TestInstancesStartTogether", "TestServicesDeclareOneStreamTogether", "TestAdoptStream", "TestDeclaredAgain",
 	}},
 	{"a change that is refused names both values", []string{"TestAdoptRefuses"}},
 	{"a stream of others is adopted, or used and never changed, and what it does not promise is told", []string{

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/backoff"
 )
@@ -129,7 +131,42 @@ func (b *Bus) publishOnce(ctx context.Context, entries []*entry) []error {
 			return postrider.PublishErrors(unsent(err), len(entries))
 		}
 	}
-	return b.pub.publish(ctx, entries)
+	errs := b.pub.publish(ctx, entries)
+	for i, err := range errs {
+		if m, gone := errors.AsType[*missing](err); gone && b.declareAgain(m.subject) {
+			errs[i] = &postrider.Error{
+				Code: postrider.Unavailable, Op: "bus: publish", Unprocessed: true, Err: err,
+				Msg: "the stream that was declared is gone, or no longer takes the topic",
+			}
+		}
+	}
+	return errs
+}
+
+// missing is a subject that no stream takes.
+type missing struct{ subject string }
+
+func (m *missing) Error() string { return "no stream takes " + m.subject }
+func (m *missing) Unwrap() error { return jetstream.ErrStreamNotFound }
+
+// declareAgain has the stream of a subject declared at the next attempt, and says if it is ours to declare: it may have been
+// deleted, or have lost our topics to somebody who wrote its configuration over.
+func (b *Bus) declareAgain(subject string) bool {
+	for _, own := range [...]string{groupTopics, schedTopics} {
+		if covers(b.subject(own+".>"), subject) {
+			b.ownDeclared.Store(false)
+			return true
+		}
+	}
+	for _, s := range b.cfg.Streams {
+		for _, topic := range s.Topics {
+			if covers(b.subject(topic), subject) {
+				b.declared.Store(false)
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // notStored says if a failed message is provably in no stream, so that it can be sent again without an id that the server

@@ -152,7 +152,7 @@ func (p *publisher) lane(ctx context.Context, subject string) (*lane, error) {
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil, &postrider.Error{
 			Code: postrider.FailedPrecondition, Op: op, Unprocessed: true,
-			Msg: "no stream takes this subject: declare one in bus.Config.Streams", Err: err,
+			Msg: "no stream takes this subject: declare one in bus.Config.Streams", Err: &missing{subject},
 		}
 	}
 	if err != nil {
