@@ -30,7 +30,7 @@ type acks struct {
 }
 
 // waiter waits for one acknowledgement after the other, under one reply subject: the server finds its way faster to a
-// subject that it knows. It is used again only after an acknowledgement: one that is late would be taken for another's.
+// subject that it knows. It is used again only after a stream's acknowledgement: one that is late would be taken for another's.
 type waiter struct {
 	acks  *acks
 	id    uint64
@@ -124,8 +124,8 @@ func (a *acks) watch(changes chan nats.Status) {
 // receive takes an acknowledgement. It is called for one after the other.
 func (a *acks) receive(msg *nats.Msg) {
 	token, rest, _ := strings.Cut(msg.Subject[len(a.prefix):], ".")
-	id, err := strconv.ParseUint(token, 10, 64)
-	if err != nil {
+	id, notOurs := strconv.ParseUint(token, 10, 64)
+	if notOurs != nil {
 		return
 	}
 	a.mu.Lock()
@@ -139,11 +139,16 @@ func (a *acks) receive(msg *nats.Msg) {
 		w.flow.receive(msg, rest)
 		return
 	}
+	ours, err := parseAck(msg)
+	if !ours {
+		a.mu.Unlock()
+		return
+	}
 	w.waiting = false
 	t := w.trip
 	a.mu.Unlock()
 	t.end()
-	w.done <- parseAck(msg)
+	w.done <- err
 }
 
 // resolve ends the wait with a result that did not come from the server.
@@ -184,8 +189,8 @@ func (w *waiter) wait(ctx context.Context, timeout time.Duration) error {
 	a := w.acks
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.waiters[w.id] == w { // acknowledged
-		if w.flow == nil && len(a.idle) < maxIdle {
+	if a.waiters[w.id] == w {
+		if err == nil && w.flow == nil && len(a.idle) < maxIdle {
 			a.idle = append(a.idle, w)
 		} else {
 			delete(a.waiters, w.id)
@@ -214,7 +219,7 @@ func gaveUp(ctx context.Context) error {
 type pubAck struct {
 	Stream string    `json:"stream"`
 	Seq    uint64    `json:"seq"`
-	Count  int       `json:"count"` // of a batch
+	Count  uint64    `json:"count"` // of a batch
 	Type   string    `json:"type"`  // within a fast batch: "ack", "gap", "err"; "" for the last answer
 	Error  *ackError `json:"error"`
 }
@@ -236,28 +241,26 @@ func (e *ackError) err() error {
 	return err
 }
 
-// parseAck reads a publish acknowledgement. The common form is told without a JSON parser.
-func parseAck(msg *nats.Msg) error {
+// parseAck reads a publish acknowledgement; the error is what it says. The common form is told without a JSON parser. An answer
+// that is not ours does not come from a stream: somebody else may answer what is published.
+func parseAck(msg *nats.Msg) (ours bool, err error) {
 	if bytes.HasPrefix(msg.Data, []byte(`{"stream":`)) && !bytes.Contains(msg.Data, []byte(`"error"`)) {
-		return nil
+		return true, nil
 	}
-	_, err := parsePubAck(msg)
-	return err
+	ack, ours, err := parsePubAck(msg)
+	return ours && (err != nil || ack.Stream != ""), err
 }
 
-func parsePubAck(msg *nats.Msg) (pubAck, error) {
-	var ack pubAck
+func parsePubAck(msg *nats.Msg) (ack pubAck, ours bool, err error) {
 	if len(msg.Data) == 0 && msg.Header.Get("Status") == "503" {
-		return ack, noStream()
-	}
-	if err := json.Unmarshal(msg.Data, &ack); err != nil {
-		return ack, postrider.Errorf(postrider.Internal, "bus: publish: the server's acknowledgement cannot be read: %w", err)
+		return ack, true, noStream()
 	}
 	switch {
-	case ack.Error != nil:
-		return ack, ack.Error.err()
-	case ack.Stream == "" && ack.Type == "": // somebody else has answered
-		return ack, postrider.Errorf(postrider.Internal, "bus: publish: the acknowledgement names no stream")
+	case json.Unmarshal(msg.Data, &ack) != nil:
+		return ack, false, nil //nolint:nilerr // somebody else has written it
+	case ack.Error != nil && ack.Error.ErrCode > 0:
+		return ack, true, ack.Error.err()
+	default:
+		return ack, ack.Error == nil && (ack.Stream != "" || ack.Type != ""), nil
 	}
-	return ack, nil
 }

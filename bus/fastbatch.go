@@ -34,6 +34,7 @@ type flow struct {
 	lane   *lane
 	waiter *waiter       // done when the batch has ended
 	signal chan struct{} // there is something new
+	n      int           // messages
 
 	mu     sync.Mutex
 	stored int    // so many are stored, from the first on
@@ -44,23 +45,27 @@ type flow struct {
 
 // receive takes what the server says about a batch; to which message is in the subject.
 func (f *flow) receive(msg *nats.Msg, subject string) {
-	ack, err := parsePubAck(msg)
+	ack, ours, err := parsePubAck(msg)
+	if !ours {
+		return
+	}
 	f.mu.Lock()
 	before, end := f.stored, false
 	switch {
 	case ack.Type == "ack":
-		f.stored = max(f.stored, int(ack.Seq))
+		f.stored = max(f.stored, f.number(ack.Seq))
 	case ack.Type == "gap": // the last answer tells how many were stored
 	case err == nil:
-		f.stored, end = max(f.stored, ack.Count), true
+		f.stored, end = max(f.stored, f.number(ack.Count)), true
 	case f.failed == 0:
-		f.err, f.failed = err, int(ack.Seq)
+		f.err, f.failed = err, f.number(ack.Seq)
 		if ack.Error != nil {
 			f.code = ack.Error.ErrCode
 		}
 		if end = ack.Type != "err"; end { // as to a single publish: there is no batch, and no other answer
 			if fields := strings.Split(subject, "."); len(fields) > fastNumber {
-				f.failed, _ = strconv.Atoi(fields[fastNumber])
+				number, _ := strconv.ParseUint(fields[fastNumber], 10, 64)
+				f.failed = f.number(number)
 			}
 		}
 	}
@@ -77,6 +82,9 @@ func (f *flow) receive(msg *nats.Msg, subject string) {
 	}
 }
 
+// number is what the server says about a number of messages, within reason.
+func (f *flow) number(n uint64) int { return int(min(n, uint64(f.n))) }
+
 func (f *flow) progress() (stored int, failed bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -87,7 +95,7 @@ func (f *flow) progress() (stored int, failed bool) {
 // to the first that the server refuses for good; what is behind that is not stored. The error is one that passes, if there was
 // one; then all have their results.
 func (l *lane) fastBatch(ctx context.Context, entries []*entry) (settled int, passing error) {
-	f := &flow{lane: l, signal: make(chan struct{}, 1)}
+	f := &flow{lane: l, signal: make(chan struct{}, 1), n: len(entries)}
 	f.waiter = l.pub.acks.add(trip{}, f)
 	began, before := time.Now(), l.pace.stored.Load()
 	sent, lost := f.send(ctx, entries)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -228,5 +229,65 @@ func TestGroupsOfManyCallers(t *testing.T) {
 	}
 	if l.pace.batches.Load() == 0 {
 		t.Error("nothing went out as a batch")
+	}
+}
+
+// TestLateAcknowledgementIsNobodyElses has a stand-in for a stream answer a message after its caller has given up: the next message
+// waits under another subject. One that was answered in time is used again.
+func TestLateAcknowledgementIsNobodyElses(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub, err := nc.SubscribeSync("stand.in")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLane(newPublisher(nc, js), jetstream.StreamConfig{})
+	var replies []string
+	publish := func(ctx context.Context) (result chan error, m *nats.Msg) {
+		t.Helper()
+		result = make(chan error, 1)
+		go func() { result <- l.one(ctx, &entry{msg: &nats.Msg{Subject: "stand.in"}}) }()
+		m, err := sub.NextMsg(time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return result, m
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	result, late := publish(ctx)
+	cancel()
+	if err := <-result; !errors.Is(err, context.Canceled) {
+		t.Errorf("the caller who gave up gets %v", err)
+	}
+	result, second := publish(t.Context())
+	const refusal = `{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 1"},"stream":"S","seq":0}`
+	for _, answer := range []struct {
+		to   *nats.Msg
+		data string
+	}{{late, `{"stream":"S","seq":1}`}, {second, "thank you"}, {second, `{"error":"none"}`}, {second, `{}`}, {second, refusal}} {
+		if err := answer.to.Respond([]byte(answer.data)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := <-result; !errors.Is(err, postrider.Aborted) {
+		t.Errorf("the second message: %v, want the stream's own answer", err)
+	}
+	for range 2 { // the second one after an acknowledgement
+		var m *nats.Msg
+		result, m = publish(t.Context())
+		if err := m.Respond([]byte(`{"stream":"S","seq":3}`)); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-result; err != nil {
+			t.Error(err)
+		}
+		replies = append(replies, m.Reply)
+	}
+	if replies = append(replies, late.Reply, second.Reply); replies[0] != replies[1] || len(slices.Compact(slices.Sorted(slices.Values(replies)))) != 3 {
+		t.Errorf("the messages wait under %v: want a new subject unless a stream has acknowledged", replies)
 	}
 }
