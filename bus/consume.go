@@ -40,6 +40,7 @@ type subscription struct {
 	mu       sync.Mutex
 	sub      *nats.Subscription
 	asked    int          // requested from the server and not yet received
+	holdings holdings     // their bytes
 	held     []*delivered // received and not settled, in no order
 	lastSign time.Time    // when the server was last heard of
 	lastPull time.Time    // when the server was last asked
@@ -89,6 +90,9 @@ func (s *subscription) capacity() int {
 	if s.cfg.ordered {
 		least = 64 + 8*s.cfg.atOnce()
 	}
+	if s.cfg.prefetch > 0 {
+		return s.cfg.prefetch
+	}
 	if s.handlerTime == 0 { // not known yet
 		return least
 	}
@@ -105,8 +109,8 @@ func (s *subscription) run(ctx context.Context) error {
 
 // serve is run for one consumer. It ends with tenure, which ends with ctx: only then DrainTimeout begins.
 func (s *subscription) serve(ctx, tenure context.Context) error {
-	s.held = nil
-	s.queue = make(chan *delivered, maxPrefetch+64+8*s.cfg.atOnce()) // all that can be held
+	s.held, s.holdings.bytes = nil, 0
+	s.queue = make(chan *delivered, max(maxPrefetch, s.cfg.prefetch)+64+8*s.cfg.atOnce()) // all that can be held
 	s.wake, s.stop = make(chan struct{}, 1), make(chan struct{})
 	if s.cfg.ordered {
 		s.lanes = newLanes(s.queue)
@@ -273,8 +277,12 @@ func (s *subscription) pull(ctx context.Context) error {
 	if room < (capacity+1)/2 {
 		return nil
 	}
-	request := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"idle_heartbeat":%d`,
-		room, pullExpiry.Nanoseconds(), pullHeartbeat.Nanoseconds())
+	room, maxBytes := s.limitBytes(room, capacity)
+	if room == 0 {
+		return nil
+	}
+	request := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"idle_heartbeat":%d%s`,
+		room, pullExpiry.Nanoseconds(), pullHeartbeat.Nanoseconds(), maxBytes)
 	if s.lanes != nil {
 		request = fmt.Appendf(request, `,"group":%q`, ownerGroup)
 		if s.pin != "" && !s.expired() {
@@ -336,6 +344,7 @@ func (s *subscription) receive(msg *nats.Msg) {
 	if s.asked > 0 {
 		s.asked--
 	}
+	s.holdings.arrived(msg.Size())
 	if s.draining || len(s.held) >= cap(s.queue) {
 		s.mu.Unlock()
 		s.giveBack(msg)
@@ -366,6 +375,7 @@ func (s *subscription) status(msg *nats.Msg) {
 	case "423": // another client has the pin
 		s.disown()
 	case "404", "408", "409": // the request has ended, with so many messages not delivered
+		s.endedByBytes(msg.Header.Get("Description"))
 		if n, err := strconv.Atoi(msg.Header.Get("Nats-Pending-Messages")); err == nil {
 			s.asked = max(s.asked-n, 0)
 			return

@@ -61,12 +61,14 @@ func (d *delivered) isHeld() bool { return d.index >= 0 }
 func (s *subscription) hold(d *delivered) {
 	d.index = len(s.held)
 	s.held = append(s.held, d)
+	s.holdings.bytes += d.Size()
 }
 
 func (s *subscription) release(d *delivered) {
 	if !d.isHeld() {
 		return
 	}
+	s.holdings.bytes -= d.Size()
 	last := len(s.held) - 1
 	s.held[d.index] = s.held[last]
 	s.held[d.index].index = d.index

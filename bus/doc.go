@@ -42,7 +42,7 @@
 // idempotency where that matters.
 //
 // A handler of batches ([postrider.Topic.BatchHandler], [Batch]) gets many events at a time and tells the fate of each. One
-// that fails is retried by itself.
+// that fails is retried by itself. [Filter] leaves out what a group does not want; [Prefetch] bounds what a process holds.
 //
 // # Dead letters
 //

@@ -8,7 +8,7 @@ import (
 )
 
 // Settings are what the options of a [Bus.Subscribe] say, defaults filled in. A bus of another kind that takes the same
-// options reads them: the one in memory, package postridertest/membus. [CircuitBreaker] and [RateLimit] are not among them:
+// options reads them: the one in memory, package postridertest/membus. [CircuitBreaker], [RateLimit] and [Prefetch] are not among them:
 // they change when a message is handled, and not what becomes of it. Nor is [ParkFailures]: no other bus parks keys.
 type Settings struct {
 	Group       string                // the group, never empty

@@ -53,6 +53,9 @@ type subscribeConfig struct {
 	batchWait  time.Duration
 	batchGiven bool
 
+	prefetch      int // 0: by the time that handlers take
+	prefetchBytes int
+
 	filter func(m *postrider.Message) bool // nil: everything is wanted
 }
 
@@ -164,7 +167,7 @@ func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (sub
 	case c.ordered && c.broadcast:
 		return bad("Ordered and Broadcast exclude each other: one instance is active, or all are")
 	}
-	if err := errors.Join(c.retry.Validate(), c.checkBatch(h)); err != nil {
+	if err := errors.Join(c.retry.Validate(), c.checkBatch(h), c.checkPrefetch()); err != nil {
 		return bad("%w", err)
 	}
 	return c, nil
