@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -242,5 +244,52 @@ func TestPauseReachesAllPartitions(t *testing.T) {
 	}
 	if err := paused(0); err != nil {
 		t.Errorf("resumed: %v", err)
+	}
+}
+
+// TestPartsDoNotBeginAnew has a group that is to be divided while its consumer cannot be looked up, so that it is not known
+// where its parts begin: none may, since one that began with new messages would lose the others.
+func TestPartsDoNotBeginAnew(t *testing.T) {
+	t.Parallel()
+	_, nc := startNATS(t, devstack.NATSConfig{Options: options(t, `authorization: {users: [
+		{user: app, password: secret}
+		{user: blind, password: secret, permissions: {publish: {deny: "$JS.API.CONSUMER.INFO.NOTES.tester-notes_keyed_v1"}}}
+	]}`)}, nats.UserInfo("app", "secret"))
+	b := newBus(t, nc, inPartitions(4))
+	handled := make(chan struct{}, 1)
+	if err := b.Subscribe(keyed.Handler(func(context.Context, postrider.Event[note]) error { handled <- struct{}{}; return nil })); err != nil {
+		t.Fatal(err)
+	}
+	stop := run(t, b)
+	<-b.Started()
+	publishKeyed(t, b, 1, 0, 1)
+	<-handled
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+
+	blind, err := nats.Connect(nc.ConnectedUrl(), nats.UserInfo("blind", "secret"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(blind.Close)
+	var text logText
+	b = newBus(t, blind, func(c *bus.Config) { c.Logger = slog.New(slog.NewTextHandler(&text, nil)) })
+	if err := b.Subscribe(keyed.Handler(func(context.Context, postrider.Event[note]) error { return nil }), bus.Ordered()); err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	postridertest.Eventually(t, func() error {
+		if !strings.Contains(text.String(), "cannot start yet") {
+			return errors.New("the bus has not noticed")
+		}
+		return nil
+	})
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := js.Consumer(t.Context(), "NOTES", "tester-notes_keyed_v1=p3"); !errors.Is(err, jetstream.ErrConsumerNotFound) {
+		t.Errorf("the consumer of the last partition: %v, want that there is none", err)
 	}
 }
