@@ -277,6 +277,12 @@ func (s *subscription) pull(ctx context.Context) error {
 	if room < (capacity+1)/2 {
 		return nil
 	}
+	if s.lanes != nil && (s.expired() || s.pin == "") {
+		if s.asked > 0 {
+			return nil
+		}
+		room = 1 // see lanes.go, on ownership
+	}
 	room, maxBytes := s.limitBytes(room, capacity)
 	if room == 0 {
 		return nil
@@ -285,7 +291,7 @@ func (s *subscription) pull(ctx context.Context) error {
 		room, pullExpiry.Nanoseconds(), pullHeartbeat.Nanoseconds(), maxBytes)
 	if s.lanes != nil {
 		request = fmt.Appendf(request, `,"group":%q`, ownerGroup)
-		if s.pin != "" && !s.expired() {
+		if s.pin != "" {
 			request = fmt.Appendf(request, `,"id":%q`, s.pin)
 		}
 	}

@@ -100,6 +100,10 @@ func (s *subscription) later(d *delivered, delay time.Duration) {
 // believes it itself. Pinning alone keeps no order: what the old owner held would come after newer messages. So a new
 // owner resets the consumer (nats-server 2.14) to the last message up to which all are acknowledged, and drops what
 // arrives until the deliveries start again at one. What was acknowledged beyond that point comes again.
+//
+// Who does not own the consumer asks for one message only, the one that tells of the pin, so that nothing is delivered
+// while the reset is on its way: a consumer with replicas (nats-server 2.15.2) puts that behind the reset in its Raft log,
+// takes all before it for delivered, and forgets what was not acknowledged of it when another server leads.
 const (
 	ownerGroup = "owner"
 	ownerTTL   = 3 * time.Second

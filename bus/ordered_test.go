@@ -2,6 +2,7 @@ package bus_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -300,4 +301,62 @@ func TestOrderedStopsSlowly(t *testing.T) {
 	}
 	postridertest.Eventually(t, wantCount(d.handled, 6))
 	d.check(t)
+}
+
+// TestOrderedPullsOfOthers reads the requests of instances as they take over from each other: one that does not own the
+// consumer asks for one message, so that none is on its way when it does and resets the consumer.
+func TestOrderedPullsOfOthers(t *testing.T) {
+	t.Parallel()
+	srv := postridertest.NewNATS(t)
+	var mu sync.Mutex
+	var waiting, owning int
+	watch := srv.Connect()
+	if _, err := watch.Subscribe("$JS.API.CONSUMER.MSG.NEXT.NOTES.*", func(msg *nats.Msg) {
+		var request struct {
+			Batch int    `json:"batch"`
+			ID    string `json:"id"`
+		}
+		err := json.Unmarshal(msg.Data, &request)
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case err != nil || request.ID == "" && request.Batch != 1:
+			t.Errorf("the request of an instance that owns nothing is %s, %v", msg.Data, err)
+		case request.ID == "":
+			waiting++
+		default:
+			owning++
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := watch.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	d := newDiary()
+	h := keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		defer d.begin(e.Value)()
+		d.finish(e.Value)
+		return nil
+	})
+	pub := newBus(t, srv.Connect())
+	publishKeyed(t, pub, 5, 0, 100)
+	for i := range 3 {
+		b := newBus(t, srv.Connect())
+		if err := b.Subscribe(h, bus.Ordered(), bus.From(bus.DeliverAll)); err != nil {
+			t.Fatal(err)
+		}
+		stop := run(t, b)
+		publishKeyed(t, pub, 5, 100*(i+1), 100)
+		postridertest.Eventually(t, wantCount(d.handled, 500*(i+2)))
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.check(t)
+	mu.Lock()
+	defer mu.Unlock()
+	if waiting < 3 || owning < 3 {
+		t.Errorf("%d requests of others and %d of owners were seen, want some of each instance", waiting, owning)
+	}
 }
