@@ -68,3 +68,40 @@ func TestBatchesAndTheCircuitBreaker(t *testing.T) {
 	run(t, b)
 	postridertest.Eventually(t, wantCount(func() int { return int(handled.Load()) }, 20))
 }
+
+// A key is parked out of a batch, other keys of it go on, and a release brings all of it in order.
+func TestBatchesAndParking(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	d := newDiary()
+	var broken switches
+	broken.set("key-0", true)
+	err := b.Subscribe(keyed.BatchHandler(func(_ context.Context, events []postrider.Event[note]) error {
+		fates := &postrider.BatchError{Errs: make([]error, len(events))}
+		for i, e := range events {
+			if broken.is(e.Value.Text) {
+				fates.Errs[i] = postrider.Park(errors.New("no customer"))
+				continue
+			}
+			end := d.begin(e.Value)
+			d.finish(e.Value)
+			end()
+		}
+		return fates
+	}), bus.Ordered(), bus.Batch(5, 10*time.Millisecond), bus.From(bus.DeliverAll))
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	publishKeyed(t, b, 5, 0, 10)
+	postridertest.Eventually(t, wantCount(d.handled, 40))
+	parkedKeys(t, b, bus.ParkedFilter{Key: "key-0"}, 10)
+	broken.set("key-0", false)
+	if n, err := b.Parked().Release(t.Context(), bus.ParkedFilter{}, operator); err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	postridertest.Eventually(t, wantCount(d.handled, 50))
+	nothingParked(t, nc, b)
+	d.check(t)
+}

@@ -39,6 +39,9 @@ var promises = []struct {
 	{"a poison message holds up its neighbours", []string{
 		"promise PoisonDoesNotHoldUpNeighbours", "TestOrderedFailureHoldsItsKeyOnly", "TestOrderedDeadLetterFreesItsKey",
 	}},
+	{"one bad event of a batch handler fails its neighbours", []string{"promise BatchTellsEachEventsFate"}},
+	{"a close while a batch is filled or handled loses messages", []string{"promise CloseGivesBatchesBack"}},
+	{"large messages fill the memory of a slow process", []string{"TestPrefetchBoundsBytes", "TestPrefetchTakesWhatIsLargerThanItsBound"}},
 
 	// Envelope.
 	{"binary mode is that of the CloudEvents NATS binding, by the vectors of the specification", []string{

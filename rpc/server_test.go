@@ -31,6 +31,10 @@ func TestServerRegister(t *testing.T) {
 	if err := srv.Register(event); !errors.Is(err, postrider.InvalidArgument) {
 		t.Errorf("handler of a topic: %v", err)
 	}
+	batch := topic.BatchHandler(func(context.Context, []postrider.Event[item]) error { return nil })
+	if err := srv.Register(batch); !errors.Is(err, postrider.InvalidArgument) {
+		t.Errorf("handler of batches: %v", err)
+	}
 	if err := srv.Register(h, h); !errors.Is(err, postrider.AlreadyExists) {
 		t.Errorf("twice at once: %v", err)
 	}
