@@ -169,8 +169,8 @@ func (s *subscription) handleTogether(ctx context.Context, batch []*delivered) {
 	if s.lanes != nil { // what the others were begun with may have taken long
 		ready, deliveries = s.stillOurs(ready, deliveries)
 	}
-	if len(ready) == 0 && s.breaker != nil {
-		s.breaker.skip()
+	if len(ready) == 0 {
+		s.noProbe()
 	}
 	errs := s.attemptTogether(ctx, ready, deliveries)
 	took := time.Since(began) / time.Duration(max(len(ready), 1))

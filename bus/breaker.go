@@ -96,6 +96,13 @@ func (k *breaker) skip() {
 	}
 }
 
+// noProbe tells the breaker, if there is one, that nothing was handled.
+func (s *subscription) noProbe() {
+	if s.breaker != nil {
+		s.breaker.skip()
+	}
+}
+
 func (k *breaker) change() {
 	close(k.changed)
 	k.changed = make(chan struct{})
@@ -103,8 +110,8 @@ func (k *breaker) change() {
 
 // broken notes an outcome with the breaker, if there is one, and pauses the group when the circuit opens.
 func (s *subscription) broken(err error) {
-	if s.breaker != nil && errors.Is(err, errUnwanted) {
-		s.breaker.skip()
+	if errors.Is(err, errUnwanted) {
+		s.noProbe()
 		return
 	}
 	if s.breaker == nil || !s.breaker.leave(err != nil && postrider.Retryable(err)) {

@@ -133,7 +133,9 @@ func (s *subscription) serve(ctx, tenure context.Context) error {
 				}
 				s.slots <- struct{}{}
 				began := time.Now()
-				if fence, may := s.mayBegin(d); may && s.handle(handlerCtx, d, fence) {
+				if fence, may := s.mayBegin(d); !may {
+					s.noProbe()
+				} else if s.handle(handlerCtx, d, fence) {
 					s.settled(d, time.Since(began))
 				}
 				<-s.slots

@@ -780,3 +780,60 @@ func TestParkedLetterPublishedAnew(t *testing.T) {
 	postridertest.Eventually(t, wantCount(got.count, 1))
 	nothingParked(t, nc, b)
 }
+
+// A message that goes behind its key says nothing about the handler, and is no probe of a circuit breaker.
+func TestParkBesideACircuitBreaker(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	var calls atomic.Int64
+	h := keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		switch {
+		case e.Value.Text == "key-0":
+			return postrider.Park(errors.New("broken"))
+		case calls.Add(1) == 1:
+			return errors.New("opens the circuit")
+		}
+		return nil
+	})
+	opts := []bus.SubscribeOption{bus.Ordered(), bus.Concurrency(1), quick, bus.CircuitBreaker(1, 50*time.Millisecond)}
+	if err := b.Subscribe(h, append(opts, bus.From(bus.DeliverAll))...); err != nil {
+		t.Fatal(err)
+	}
+	publishKeyed(t, b, 2, 0, 2) // the second of key-0 comes when the circuit is half open
+	run(t, b)
+	postridertest.Eventually(t, wantCount(func() int { return int(b.Stats().Handled) }, 2))
+	parkedKeys(t, b, bus.ParkedFilter{}, 2)
+}
+
+// A handler of batches parks the keys of a batch, and gets what is released one by one.
+func TestParkABatch(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	d := newDiary()
+	var mended atomic.Bool
+	h := keyed.BatchHandler(func(_ context.Context, events []postrider.Event[note]) error {
+		if !mended.Load() {
+			return postrider.Park(errors.New("broken"))
+		}
+		for _, e := range events {
+			d.finish(e.Value)
+		}
+		return nil
+	})
+	if err := b.Subscribe(h, bus.Ordered(), bus.From(bus.DeliverAll)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	publishKeyed(t, b, 3, 0, 5)
+	parkedKeys(t, b, bus.ParkedFilter{}, 15)
+	mended.Store(true)
+	if n, err := b.Parked().Release(t.Context(), bus.ParkedFilter{}, operator); n != 3 || err != nil {
+		t.Fatalf("%d released, error %v", n, err)
+	}
+	publishKeyed(t, b, 3, 5, 5)
+	postridertest.Eventually(t, wantCount(d.handled, 30))
+	nothingParked(t, nc, b)
+	d.check(t)
+}

@@ -26,6 +26,7 @@ func (s *subscription) answer(msg *nats.Msg, verdict []byte) {
 func (s *subscription) handle(ctx context.Context, d *delivered, fence uint64) bool {
 	delivery, ready, settled := s.prepare(ctx, d, fence)
 	if !ready {
+		s.noProbe()
 		return settled
 	}
 	reply, err := s.attempt(ctx, d, delivery)
