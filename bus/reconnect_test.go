@@ -62,8 +62,9 @@ func TestOrderedOverReconnects(t *testing.T) {
 		var wg sync.WaitGroup
 		wg.Go(func() { publishKeyed(t, pub, keys, r*each, each) })
 		postridertest.Eventually(t, func() error {
+			d.check(t)
 			if n := d.handled() - before; n < 300 {
-				return fmt.Errorf("%d handled", n)
+				return fmt.Errorf("round %d: %d handled", r, n)
 			}
 			return nil
 		})
