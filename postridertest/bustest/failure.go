@@ -66,10 +66,11 @@ func defaultPolicySpacesPlainErrors(e *env) {
 }
 
 func multiplierGrows(e *env) {
-	const initial, notes, failures = 100 * time.Millisecond, 100, 5
+	const initial, notes, failures = 300 * time.Millisecond, 100, 5
 	j := e.failing(failures, notes, bus.Retry(postrider.RetryPolicy{Attempts: failures + 1, Initial: initial, Multiplier: 1.5}))
-	first, last := j.waits(1), j.waits(failures) // bounds of 100 and 506 ms, medians of 50 and 253 ms
-	if a, z := first[notes/2], last[notes/2]; 2*z < 3*a {
+	// Bounds of 300 and 1519 ms, medians of 150 and 759 ms. What a busy machine adds is in both: their difference tells.
+	first, last := j.waits(1), j.waits(failures)
+	if a, z := first[notes/2], last[notes/2]; z-a < 2*initial/3 {
 		e.Errorf("the median wait was %v after the first attempt and %v after the fifth: a multiplier of 1.5 does not grow", a, z)
 	}
 	if longest := last[notes-1]; longest < initial {
