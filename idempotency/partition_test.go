@@ -212,6 +212,24 @@ func TestDropWaitsForOpenHandlersAlone(t *testing.T) {
 	}
 }
 
+// A sweep that was broken off may end on the server between the look at the partitions and the drop.
+func TestDropOfWhatIsDetachedMeanwhile(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	s := b.store(Config{Window: 30 * day})
+	old := time.Now().Add(-10 * day)
+	must(t, handle(t, b.writer(s, "mailer"), b.event("old", old)))
+	name := old.UTC().Format(partitionName)
+	_, err := b.pool.Exec(t.Context(), "alter table effects.postrider_inbox detach partition effects."+name)
+	must(t, err)
+	for range 2 { // detached, and gone
+		must(t, s.drop(t.Context(), partition{name: name, day: dayOf(old), attached: true, pending: true}))
+	}
+	if p := b.partitions(); len(p) > 0 {
+		t.Fatalf("partitions %q, want none", p)
+	}
+}
+
 func TestRunLivesWithoutTables(t *testing.T) {
 	t.Parallel()
 	pool := postridertest.Postgres(t)

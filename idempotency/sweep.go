@@ -119,11 +119,12 @@ func (s *Store) drop(ctx context.Context, p partition) error {
 		}
 		_, err := s.pool.Exec(ctx, fmt.Sprintf("alter table %[1]s.postrider_inbox detach partition %[1]s.%[2]s %[3]s",
 			s.sql.schema, p.name, how))
-		if err != nil {
+		// It is no partition any more when a sweep that was broken off has ended on the server all the same.
+		if err != nil && sqlState(err) != undefinedTable {
 			return err
 		}
 	}
-	_, err := s.pool.Exec(ctx, fmt.Sprintf("drop table %s.%s", s.sql.schema, p.name))
+	_, err := s.pool.Exec(ctx, fmt.Sprintf("drop table if exists %s.%s", s.sql.schema, p.name))
 	return err
 }
 
