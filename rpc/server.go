@@ -212,6 +212,7 @@ const flushTimeout = 5 * time.Second
 // subscribe subscribes to methods and discovery. What it returns must be drained also when it fails.
 func (s *Server) subscribe(ctx context.Context, p *pool) (*subscriptions, error) {
 	subs := &subscriptions{closed: make(chan struct{}, len(s.methods)*(1+discoverySubjects))}
+	before := s.nc.LastError()
 	for _, m := range s.methods {
 		err := subs.add(s.nc.QueueSubscribe(m.subject, s.cfg.Queue, func(msg *nats.Msg) { s.receive(p, m, msg) }))
 		if err != nil {
@@ -221,7 +222,6 @@ func (s *Server) subscribe(ctx context.Context, p *pool) (*subscriptions, error)
 	if err := s.announce(subs); err != nil {
 		return subs, err
 	}
-	before := s.nc.LastError()
 	ctx, cancel := context.WithTimeout(ctx, flushTimeout)
 	defer cancel()
 	if err := s.nc.FlushWithContext(ctx); err != nil {
