@@ -312,7 +312,7 @@ func (s *subscription) pullSubject() string {
 // reset forgets the pull requests that are out. What they still bring goes to nobody and comes again after AckWait. In an
 // ordered subscription newer messages would overtake it: the owner has the deliveries begin anew.
 func (s *subscription) reset() {
-	s.unlisten()
+	s.forgetPulls()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.pin != "" {
@@ -321,7 +321,8 @@ func (s *subscription) reset() {
 	}
 }
 
-func (s *subscription) unlisten() {
+// forgetPulls is the part of reset that a new owner needs too, who has the deliveries begin anew by itself.
+func (s *subscription) forgetPulls() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sub != nil {

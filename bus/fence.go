@@ -80,7 +80,7 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 	if !ours {
 		return nil
 	}
-	s.unlisten() // the server forgets what was asked for before: it is asked again, on another inbox
+	s.forgetPulls() // the server forgets what was asked for before: it is asked again, on another inbox
 	info, err := s.bus.js.ResetConsumer(ctx, s.stream, s.durable)
 	if err != nil {
 		return fromNATS(op, err)
