@@ -27,6 +27,7 @@ type atomicBatch struct {
 	began  time.Time
 	id     []string
 	n      int
+	bytes  int    // of data
 	held   *entry // the last one so far: one must commit the batch
 	err    error  // that kept a message from going out
 }
@@ -54,6 +55,7 @@ func (b *atomicBatch) send(e *entry, last bool) {
 		return
 	}
 	b.n++
+	b.bytes += len(e.msg.Data)
 	msg := e.msg
 	if msg.Header == nil {
 		msg.Header = nats.Header{}
@@ -82,7 +84,7 @@ func (l *lane) commit(b *atomicBatch, group []*entry) {
 	err := b.waiter.wait(ctx, l.pub.timeout)
 	l.pace.batches.Add(1)
 	if err == nil {
-		l.pace.batched(time.Since(b.began))
+		l.pace.batched(time.Since(b.began), b.bytes)
 	}
 	unknown := errors.Is(err, postrider.DeadlineExceeded) && slices.ContainsFunc(group, (*entry).isNameless)
 	if err == nil || unknown || errors.Is(err, postrider.Unavailable) {

@@ -14,7 +14,8 @@ const (
 	maxGroupBytes = 8 << 20
 	minBatch      = 4
 
-	// Once in a while the first messages of a group go out singly, to measure.
+	// Once in a while the first messages of a group go out singly, to measure: the less is known, the sooner.
+	probeFirst = 10 * time.Millisecond
 	probeEvery = 250 * time.Millisecond
 	probeSize  = 16
 )
@@ -95,7 +96,7 @@ func (c *call) giveUp(ctx context.Context, entries []*entry) {
 // work sends what is queued, group by group, until nothing is.
 func (l *lane) work() {
 	for size := 0; ; {
-		group, batch := l.gather(l.pace.pays(size) && time.Since(l.probed) < probeEvery)
+		group, batch := l.gather(l.pace.pays(size) && !l.mustProbe())
 		switch size = len(group); {
 		case batch != nil:
 			l.commit(batch, group)
@@ -105,11 +106,14 @@ func (l *lane) work() {
 			return
 		}
 		if l.pace.isCheap() {
+			l.pause = 0
 			l.disband()
 			return
 		}
 	}
 }
+
+func (l *lane) mustProbe() bool { return time.Since(l.probed) >= l.pause }
 
 // disband sends what is queued singly; from now on callers send for themselves.
 func (l *lane) disband() {
@@ -175,9 +179,9 @@ func groupSize(entries []*entry) int {
 
 // sendGroup publishes a group and gives each entry its result.
 func (l *lane) sendGroup(group []*entry) {
-	ctx := context.Background()             // the callers wait with theirs
-	if time.Since(l.probed) >= probeEvery { // what a single publish takes must be known while batches are used
-		l.probed = time.Now()
+	ctx := context.Background() // the callers wait with theirs
+	if l.mustProbe() {          // what a single publish takes must be known while batches are used
+		l.probed, l.pause = time.Now(), min(max(2*l.pause, probeFirst), probeEvery)
 		head := group[:min(len(group), probeSize)]
 		group = group[len(head):]
 		if err := l.singly(ctx, head); err != nil {

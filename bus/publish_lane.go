@@ -36,7 +36,9 @@ type lane struct {
 	mu    sync.Mutex
 	queue []*entry
 
-	probed time.Time // when single messages were measured, for who is at work on the queue
+	// For who is at work on the queue: when single messages were measured, and how long not again.
+	probed time.Time
+	pause  time.Duration
 }
 
 func newLane(p *publisher, cfg jetstream.StreamConfig) *lane {
@@ -96,7 +98,7 @@ func (l *lane) one(ctx context.Context, e *entry) error {
 		_ = l.join(ctx, e.alone[:])
 		return e.err
 	}
-	w := l.pub.acks.add(l.pace.begin(shareOfMany), nil)
+	w := l.pub.acks.add(l.pace.begin(len(e.msg.Data), shareOfMany), nil)
 	l.pub.transmit(e.msg, w)
 	err := w.wait(ctx, l.pub.timeout)
 	l.check(e, err)
@@ -136,7 +138,7 @@ func (l *lane) singly(ctx context.Context, entries []*entry) (passing error) {
 			l.finish(e, err)
 			continue
 		}
-		w := l.pub.acks.add(l.pace.begin(shareOfFew), nil)
+		w := l.pub.acks.add(l.pace.begin(len(e.msg.Data), shareOfFew), nil)
 		l.pub.transmit(e.msg, w)
 		wave = append(wave, sent{e, w})
 		keys[e.key] = true

@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// pace is what publishing to a stream takes, in moving averages of nanoseconds; 0 is unknown.
+// pace is what publishing to a stream takes, in moving averages of nanoseconds; 0 is unknown. What the bytes of the data take
+// is left out: they take it in either way, and large messages would be taken for ones that are synced.
 type pace struct {
 	alone  atomic.Int64 // a single publish alone: most of it is the way to the server and back
 	single atomic.Int64 // what each message in front of it adds
@@ -25,10 +26,14 @@ const (
 	// is a multiple of it, without one a fraction.
 	cheapSingle = 60 * time.Microsecond
 
+	// What a byte is believed to take: with 16 KiB a message takes 33 µs where it takes 16 with 1 KiB.
+	nanosPerByte = 2
+
 	// How much of the average is a message's own: little where all are measured, lest a moment's pause should count much, and
 	// more where few are.
 	shareOfMany = 1024
 	shareOfFew  = 16
+	shareOfLess = 4
 
 	// A message tells what those in front of it took if there are so many.
 	minAhead = 8
@@ -48,8 +53,8 @@ func (p *pace) pays(n int) bool {
 
 // batched notes what a batch took. More than before is believed soon, because where batches do not pay few shall tell; but one
 // that was held up by something else must not be the last.
-func (p *pace) batched(d time.Duration) {
-	have, took := p.batch.Load(), int64(d)
+func (p *pace) batched(d time.Duration, bytes int) {
+	have, took := p.batch.Load(), max(1, int64(d)-int64(bytes)*nanosPerByte)
 	if took > have {
 		learn(&p.batch, min(took, 4*have), 2)
 	} else {
@@ -63,11 +68,12 @@ type trip struct {
 	began   time.Time
 	ahead   int64 // messages in front of it
 	batches int64
+	bytes   int   // of data, taken for those of each message in front of it too
 	share   int64 // one in so many of the average is its own
 }
 
-func (p *pace) begin(share int64) trip {
-	return trip{pace: p, began: time.Now(), ahead: p.singles.Add(1) - 1, batches: p.batches.Load(), share: share}
+func (p *pace) begin(bytes int, share int64) trip {
+	return trip{pace: p, began: time.Now(), ahead: p.singles.Add(1) - 1, batches: p.batches.Load(), bytes: bytes, share: share}
 }
 
 // end notes the acknowledgement.
@@ -86,7 +92,12 @@ func (t trip) end() {
 		}
 	case t.ahead >= minAhead: // the server acknowledges in bursts: the time between two acknowledgements tells nothing
 		n := p.samples.Add(1)
-		learn(&p.single, max(took-p.alone.Load(), 0)/t.ahead, min(t.share, n))
+		each := max(max(took-p.alone.Load(), 0)/t.ahead-int64(t.bytes)*nanosPerByte, 0)
+		share := min(t.share, n)
+		if t.share == shareOfFew && each < p.single.Load() { // the first of all may be slow, and a sync is never fast
+			share = min(share, shareOfLess)
+		}
+		learn(&p.single, each, share)
 		if n%shareOfMany == 0 { // slow batches must not be the last
 			learn(&p.batch, int64(firstBatchTime), 16)
 		}

@@ -291,3 +291,21 @@ func TestLateAcknowledgementIsNobodyElses(t *testing.T) {
 		t.Errorf("the messages wait under %v: want a new subject unless a stream has acknowledged", replies)
 	}
 }
+
+// TestLargeMessagesAreNotTakenForSynced: what the bytes take must not look like a sync.
+func TestLargeMessagesAreNotTakenForSynced(t *testing.T) {
+	t.Parallel()
+	const ahead, each = 15, 75 * time.Microsecond
+	for bytes, cheap := range map[int]bool{16 << 10: true, 128: false} {
+		p := &pace{}
+		found := false
+		for range 1000 { // a pause of this process makes one too dear
+			p.singles.Add(1)
+			trip{pace: p, began: time.Now().Add(-ahead * each), ahead: ahead, bytes: bytes, share: shareOfFew}.end()
+			found = found || p.isCheap()
+		}
+		if found != cheap {
+			t.Errorf("%d bytes in %v each: cheap is %v (%v without the bytes)", bytes, each, found, time.Duration(p.single.Load()))
+		}
+	}
+}
