@@ -7,7 +7,7 @@ LINT := .bin/golangci-lint
 LINT_STAMP := .bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race vet fmt fmt-check tidy-check lint fuzz bench bench-peers demo ci
+.PHONY: help build test race vet fmt fmt-check tidy-check lint fuzz bench bench-peers bench-outbox demo ci
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: ## Run all benchmarks, with allocations
 
 bench-peers: ## Compare the bus with its peers, in under five minutes
 	cd bench && go run .
+
+bench-outbox: ## Compare the outbox with its peers, in under six minutes
+	cd bench && go run ./outbox
 
 demo: ## Run the shop: four services, NATS and PostgreSQL in one command
 	go run ./examples/shop

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 func main() {
@@ -61,8 +63,8 @@ func parseFlags(args []string) (plan, error) {
 	flags.StringVar(&p.sync, "sync", syncAlways, `the server's sync_interval: "always" or "default" (2 minutes)`)
 	flags.StringVar(&p.profile, "profile", "", "write a CPU profile of each measurement into this folder")
 	flags.BoolVar(&p.verbose, "v", false, "say on standard error what is measured")
-	cellNames := flags.String("cells", "all", "comma-separated beginnings of cells: "+strings.Join(names(namedCells()), " "))
-	peerNames := flags.String("peers", "all", "comma-separated, of: "+strings.Join(names(allPeers()), " "))
+	cellNames := flags.String("cells", "all", "comma-separated beginnings of cells: "+strings.Join(harness.Names(namedCells()), " "))
+	peerNames := flags.String("peers", "all", "comma-separated, of: "+strings.Join(harness.Names(allPeers()), " "))
 	sizes := flags.String("sizes", "1024", "comma-separated sizes of the payload in bytes")
 	if err := flags.Parse(args); err != nil {
 		return p, err
@@ -81,68 +83,32 @@ func parseFlags(args []string) (plan, error) {
 	var err error
 	p.cells = allCells()
 	if *cellNames != "all" {
-		p.cells, err = choose("-cells", *cellNames, namedCells(), strings.HasPrefix)
+		p.cells, err = harness.Choose("-cells", *cellNames, namedCells(), strings.HasPrefix)
 	}
 	if err != nil {
 		return p, err
 	}
-	p.peers, err = choose("-peers", *peerNames, allPeers(), func(a, b string) bool { return a == b })
+	p.peers, err = harness.Choose("-peers", *peerNames, allPeers(), func(a, b string) bool { return a == b })
 	return p, err
-}
-
-type named interface{ String() string }
-
-func names[T named](all []T) []string {
-	texts := make([]string, len(all))
-	for i, n := range all {
-		texts[i] = n.String()
-	}
-	return texts
-}
-
-// choose returns those of all that the list names, in the order of all.
-func choose[T named](option, list string, all []T, matches func(name, want string) bool) ([]T, error) {
-	if list == "all" {
-		return all, nil
-	}
-	chosen := make([]bool, len(all))
-	for want := range strings.SplitSeq(list, ",") {
-		found := false
-		for i, n := range all {
-			if matches(n.String(), want) {
-				chosen[i], found = true, true
-			}
-		}
-		if !found {
-			return nil, fmt.Errorf("%s: there is no %q: have %s", option, want, strings.Join(names(all), " "))
-		}
-	}
-	var some []T
-	for i, n := range all {
-		if chosen[i] {
-			some = append(some, n)
-		}
-	}
-	return some, nil
 }
 
 // measure starts the processes, has them work through the plan and writes the report.
 func measure(ctx context.Context, p plan, out io.Writer) (err error) {
 	began := time.Now()
-	srv, err := startProcess(ctx, roleServer, p.sync)
+	srv, err := harness.Start(ctx, roleServer, p.sync)
 	if err != nil {
 		return err
 	}
-	defer func() { err = cmp.Or(err, srv.end()) }()
+	defer func() { err = cmp.Or(err, srv.End()) }()
 	var url string
-	if err := srv.receive(&url, startTimeout); err != nil {
+	if err := srv.Receive(&url, startTimeout); err != nil {
 		return fmt.Errorf("start the server: %w", err)
 	}
-	workers := make([]*process, len(p.peers))
+	workers := make([]*harness.Process, len(p.peers))
 	defer func() {
 		for _, w := range workers {
 			if w != nil {
-				err = cmp.Or(err, w.end())
+				err = cmp.Or(err, w.End())
 			}
 		}
 	}()
@@ -157,18 +123,19 @@ func measure(ctx context.Context, p plan, out io.Writer) (err error) {
 						continue
 					}
 					if workers[i] == nil {
-						if workers[i], err = startProcess(ctx, roleWorker, name, url); err != nil {
+						if workers[i], err = harness.Start(ctx, roleWorker, name, url); err != nil {
 							return err
 						}
 					}
 					j := job{Cell: c.String(), Size: size, Seconds: p.seconds, Profile: p.profileFile(name, c, size, round)}
-					r, err := workers[i].do(j)
+					var r result
+					err := workers[i].Ask(j, &r, jobTimeout)
 					if ctx.Err() != nil {
 						return ctx.Err()
 					}
 					if err != nil { // the next one gets a new worker
 						r.Err = err.Error()
-						_ = workers[i].end()
+						_ = workers[i].End()
 						workers[i] = nil
 					}
 					r.Peer, r.Cell, r.Size, r.Round = name, c.String(), size, round

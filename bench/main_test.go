@@ -11,6 +11,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/postrider/postrider/bench/internal/harness"
 	"github.com/postrider/postrider/internal/devstack"
 )
 
@@ -115,7 +116,7 @@ func TestReport(t *testing.T) {
 			t.Errorf("the report lacks %q:\n%s", want, b.String())
 		}
 	}
-	if m := middle([]float64{4, 1, 3, 2}); math.Abs(m-2.5) > 1e-9 {
+	if m := harness.Middle([]float64{4, 1, 3, 2}); math.Abs(m-2.5) > 1e-9 {
 		t.Errorf("median of 1 to 4 is %v, want 2.5", m)
 	}
 }

@@ -5,9 +5,10 @@ import (
 	"io"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 // report writes the tables. The first peer of the plan is what the others are compared with.
@@ -70,7 +71,7 @@ func (t table) of(p peer, c cell, size int) []result {
 }
 
 func (t table) speed(of, base []result) string {
-	cell := rate(median(of, speedOf(of)))
+	cell := harness.Rate(median(of, speedOf(of)))
 	if of[0].P50 > 0 {
 		p99 := median(of, func(r result) float64 { return r.P99.Seconds() * 1000 })
 		cell = fmt.Sprintf("%.2f / %.2f", median(of, speedOf(of)), p99)
@@ -146,13 +147,7 @@ func median(of []result, metric func(result) float64) float64 {
 	for i, r := range of {
 		values[i] = metric(r)
 	}
-	return middle(values)
-}
-
-func middle(values []float64) float64 {
-	slices.Sort(values)
-	n := len(values)
-	return (values[(n-1)/2] + values[n/2]) / 2
+	return harness.Middle(values)
 }
 
 // ratio returns the median of the ratios within a round.
@@ -168,17 +163,5 @@ func ratio(of, base []result, metric func(result) float64) (float64, bool) {
 	if len(ratios) == 0 {
 		return 0, false
 	}
-	return middle(ratios), true
-}
-
-// rate writes a rate with three digits.
-func rate(n float64) string {
-	switch {
-	case n >= 100_000:
-		return strconv.FormatFloat(n/1000, 'f', 0, 64) + " k"
-	case n >= 1000:
-		return strconv.FormatFloat(n/1000, 'f', 1, 64) + " k"
-	default:
-		return strconv.FormatFloat(n, 'f', 0, 64)
-	}
+	return harness.Middle(ratios), true
 }

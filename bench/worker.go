@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,11 +11,12 @@ import (
 	"runtime/metrics"
 	"runtime/pprof"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 // work is the role of a worker: one peer, which does the jobs that come in, until there are no more.
@@ -35,21 +35,13 @@ func work(ctx context.Context, name, url string, in io.Reader, out io.Writer) er
 		return err
 	}
 	w := worker{peer: allPeers()[i], url: url, js: js}
-	for d, e := json.NewDecoder(in), json.NewEncoder(out); ; {
-		var j job
-		if err := d.Decode(&j); errors.Is(err, io.EOF) {
-			return nil
-		} else if err != nil {
-			return err
-		}
+	return harness.Answer(in, out, func(j job) result {
 		r, err := w.do(ctx, j)
 		if err != nil {
 			r.Err = err.Error()
 		}
-		if err := e.Encode(r); err != nil {
-			return err
-		}
-	}
+		return r
+	})
 }
 
 type worker struct {
@@ -117,13 +109,13 @@ func startMeter(j job) (*meter, error) {
 	runtime.GC()
 	var stats runtime.MemStats
 	runtime.ReadMemStats(&stats)
-	m.mallocs, m.cpu, m.began = stats.Mallocs, cpuTime(), time.Now()
+	m.mallocs, m.cpu, m.began = stats.Mallocs, harness.CPUTime(), time.Now()
 	return &m, nil
 }
 
 // stop fills in what n messages cost; rate is left to the caller where the time of all is not the time to divide by.
 func (m *meter) stop(n int64) (result, error) {
-	elapsed, cpu := time.Since(m.began), cpuTime()-m.cpu
+	elapsed, cpu := time.Since(m.began), harness.CPUTime()-m.cpu
 	var stats runtime.MemStats
 	runtime.ReadMemStats(&stats)
 	var err error
@@ -154,7 +146,7 @@ func (m *meter) watchHeap() {
 			seen = append(seen, heapBytes())
 			select {
 			case <-w.over:
-				w.median <- middle(seen) - began
+				w.median <- harness.Middle(seen) - began
 				return
 			default:
 			}
@@ -182,13 +174,4 @@ func heapBytes() float64 {
 	sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
 	metrics.Read(sample)
 	return float64(sample[0].Value.Uint64())
-}
-
-// cpuTime is the time that this process has spent, in its own code and in the kernel.
-func cpuTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
