@@ -33,8 +33,14 @@
 // in the same batch with a higher one, or in a later batch.
 //
 // Sent rows stay for a while ([RelayConfig.Retain]) in a ring of three tables, which are truncated in turn once the written
-// cursor covers them. One relay leads by a lease with a fencing token; others wait. An idle relay reads one sequence four
-// times a second and no table. A Publish in the same process wakes it.
+// cursor covers them. One relay leads by a lease with a fencing token; others wait. An idle relay reads one sequence and one
+// row four times a second. A Publish in the same process wakes it.
+//
+// # Operations
+//
+// [Outbox.Status] tells from the database what waits, for how long, who sends it and what went wrong last; [Outbox.Pause] and
+// [Outbox.Resume] stop and start the sending, whoever runs the relay. [RelayConfig.Metrics] and [Relay.Stats] are for the
+// metrics of the relay's own process.
 //
 // # SQL writers
 //

@@ -7,6 +7,7 @@ type queries struct {
 	lockKeys, insertOne, insertMany                string // in the user's transaction
 	sequence, acquire, probe, plan, page, write    string // the relay's ordinary work
 	dead, adopt, adoptCursor                       string // what happens seldom
+	status, pause, resume                          string // for operators
 	ringState, ringLock, ringCovered, ringTruncate string // one slot of the ring; %d is its number
 	ringPeriodLock, ringPeriod, ringPeriodNote     string // another Retain
 }
@@ -38,11 +39,12 @@ func newQueries(schema string) queries {
 			returning fence, identity::text, period, system_id = (select system_identifier from pg_control_system()),
 				pg_postmaster_start_time(), prev::text, coalesce(cur::text, ''), last, floor, floors`),
 
-		// What can be seen now, and the highest number drawn. It touches no table: the cost of an idle poll. The snapshot of
-		// a statement is taken before the sequence is read, so that a number that is not higher than the floor proves that
-		// the snapshot sees nothing new.
+		// What can be seen now, the highest number drawn, and whether the outbox is paused: the cost of an idle poll, which
+		// touches no table but that of one row. The snapshot of a statement is taken before the sequence is read, so that a
+		// number that is not higher than the floor proves that the snapshot sees nothing new.
 		probe: in(`
-			select pg_current_snapshot()::text, last_value - (not is_called)::int, pg_postmaster_start_time(), clock_timestamp()
+			select pg_current_snapshot()::text, last_value - (not is_called)::int, pg_postmaster_start_time(), clock_timestamp(),
+				(select paused_at is not null from :"schema".postrider_outbox_relay)
 			from :"schema".postrider_outbox_seq`),
 
 		// Goes ahead of page, in the same implicit transaction. Only the walk along the index stops after a page; statistics
@@ -65,9 +67,46 @@ func newQueries(schema string) queries {
 		write: in(`
 			update :"schema".postrider_outbox_relay
 			set expires = coalesce(clock_timestamp() + make_interval(secs => $3), '-infinity'),
-				prev = $4::text::pg_snapshot, cur = nullif($5, '')::pg_snapshot, last = $6, floor = $7, floors = $8
+				prev = $4::text::pg_snapshot, cur = nullif($5, '')::pg_snapshot, last = $6, floor = $7, floors = $8,
+				sent = sent + $9, rate = $10, failure = coalesce($11, failure),
+				failed_at = case when $11::text is null then failed_at else clock_timestamp() end
 			where fence = $1 and owner = $2
-			returning (select last_value - (not is_called)::int from :"schema".postrider_outbox_seq)`),
+			returning (select last_value - (not is_called)::int from :"schema".postrider_outbox_seq), paused_at is not null`),
+
+		// What Status tells. Waiting are the rows that the cursor as written does not see: the walk begins where the page
+		// query would begin and ends after 10,001 rows. What transactions that ended late left below it is not counted. The
+		// index on id; no lock but that of reading.
+		status: in(`
+			with r as materialized (
+				select *, case when cur is not null then last else least(floor, (
+						select min(f.value::bigint) from jsonb_each_text(floors) as f
+						where pg_visible_in_snapshot(f.key::xid8, pg_current_snapshot()))) end as low,
+					(select last_value - (not is_called)::int from :"schema".postrider_outbox_seq) as highest
+				from :"schema".postrider_outbox_relay
+			), waiting as materialized (
+				select at from :"schema".postrider_outbox
+				where id > (select low from r) and not pg_visible_in_snapshot(xid, (select prev from r))
+				order by id limit 10001
+			)
+			select case when w.n <= 10000 then w.n else greatest(w.n, r.highest - r.low) end,
+				coalesce(extract(epoch from clock_timestamp() - w.oldest), 0)::double precision,
+				case when r.expires > clock_timestamp() then r.rate else 0 end, r.sent,
+				(select count(*) from :"schema".postrider_outbox_dead),
+				case when r.expires > clock_timestamp() then r.owner else '' end, r.fence,
+				extract(epoch from greatest(case when isfinite(r.expires) then r.expires - clock_timestamp() end, '0'))::double precision,
+				r.failure, r.failed_at, r.paused_at, r.paused_by, r.paused_for,
+				array[pg_total_relation_size(':"schema".postrider_outbox_0'), pg_total_relation_size(':"schema".postrider_outbox_1'),
+					pg_total_relation_size(':"schema".postrider_outbox_2')]
+			from r, (select count(*) as n, min(at) as oldest from waiting) as w`),
+
+		// One row by its key. The relay reads it with its next poll.
+		pause: in(`
+			with noted as (insert into :"schema".postrider_outbox_log (done, by, why) values ('pause', $1, $2))
+			update :"schema".postrider_outbox_relay
+			set paused_at = coalesce(paused_at, clock_timestamp()), paused_by = $1, paused_for = $2`),
+		resume: in(`
+			with noted as (insert into :"schema".postrider_outbox_log (done, by, why) values ('resume', $1, $2))
+			update :"schema".postrider_outbox_relay set paused_at = null, paused_by = '', paused_for = ''`),
 
 		// Copies rows to the dead letters; one that is there from before a crash stays. The index on id.
 		dead: in(`

@@ -3,7 +3,10 @@ package outbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -26,8 +29,9 @@ type RelayConfig struct {
 	// at 2 ms and doubles. It bounds the delay of messages published by other processes. Default 250 ms.
 	PollInterval time.Duration
 
-	// LeaseTTL is how long a relay that died is waited for before another one takes over. It must be longer than a
-	// publish takes. Default 5 s.
+	// LeaseTTL is how long a relay that died is waited for before another one takes over, beside a PollInterval and the time
+	// to connect. One that hangs for two thirds of it, or cannot reach the database for so long, gives up its turn.
+	// Default 3 s.
 	LeaseTTL time.Duration
 
 	// Retain is how long a message stays in its table at least; when it is sent by then it goes before about twice that, with
@@ -38,6 +42,10 @@ type RelayConfig struct {
 	// DrainTimeout bounds how long a publish in flight is waited for when Run's context ends. What it cuts short is
 	// published again by the next relay. Default 10 s.
 	DrainTimeout time.Duration
+
+	// Metrics is told of every attempt to publish, when it has ended. It must be quick: nothing is sent while it runs. What
+	// [Relay.Stats] has is to be asked for. Nil: nobody is told.
+	Metrics func(ctx context.Context, a Attempt)
 
 	// Logger is told of changes of state and of messages that go to the dead letters. Nil is silent.
 	Logger *slog.Logger
@@ -50,7 +58,7 @@ func (c RelayConfig) withDefaults() RelayConfig {
 		}
 	}
 	set(&c.PollInterval, 250*time.Millisecond)
-	set(&c.LeaseTTL, 5*time.Second)
+	set(&c.LeaseTTL, 3*time.Second)
 	set(&c.Retain, 5*time.Minute)
 	set(&c.DrainTimeout, 10*time.Second)
 	if c.BatchSize == 0 {
@@ -94,6 +102,8 @@ type Relay struct {
 	published, died atomic.Uint64
 	depth           atomic.Int64
 	oldest          atomic.Int64 // Unix nanoseconds by our clock, 0: none
+
+	failure atomic.Pointer[string] // the last one, until it is written
 }
 
 // NewRelay returns a relay that sends the messages of cfg.Outbox to pub. While it leads it holds one connection of the
@@ -107,6 +117,22 @@ func NewRelay(pool *pgxpool.Pool, pub postrider.Publisher, cfg RelayConfig) (*Re
 		outbox: cfg.Outbox, pool: pool, pub: pub, cfg: cfg,
 		log: cfg.Logger.With("component", "outbox", "schema", cfg.Outbox.cfg.Schema),
 	}, nil
+}
+
+// Attempt is one try to publish some messages.
+type Attempt struct {
+	Began time.Time
+	Took  time.Duration
+
+	// Sent and Dead count the messages that were accepted and those that were refused for good, Waiting those that are to be
+	// tried again.
+	Sent, Dead, Waiting int
+
+	// Lag is the age of the oldest message when the attempt ended.
+	Lag time.Duration
+
+	// Err is the first reason why messages wait.
+	Err error
 }
 
 // Stats is what a [Relay] has done and what it sees.
@@ -153,7 +179,7 @@ func (r *Relay) Run(ctx context.Context) error {
 			r.log.Log(ctx, level, msg, args...)
 		}
 	}
-	owner := postrider.NewID()
+	owner := ownerName()
 	for attempt := 1; ctx.Err() == nil; attempt++ {
 		t, err := r.newTerm(ctx, owner)
 		switch {
@@ -171,11 +197,33 @@ func (r *Relay) Run(ctx context.Context) error {
 			}
 		}
 		if err != nil && ctx.Err() == nil {
+			r.fail(err)
 			say(slog.LevelWarn, "relay cannot go on, will try again", "error", err)
 			_ = backoff.Wait(ctx, retry(), attempt) // when ctx ends, so does the loop
 		}
 	}
 	return nil
+}
+
+// ownerName is the name of a Run in the lease: where it is, for operators, and what makes it unique.
+func ownerName() string {
+	host, _ := os.Hostname()
+	return fmt.Sprintf("%s/%d/%s", text(errors.New(host)), os.Getpid(), postrider.NewID())
+}
+
+// fail keeps an error for Status.
+func (r *Relay) fail(err error) {
+	s := text(err)
+	r.failure.Store(&s)
+}
+
+// maxText bounds what is written of an error, in bytes.
+const maxText = 8 << 10
+
+// text is an error as PostgreSQL takes it, whatever is quoted in it.
+func text(err error) string {
+	s := err.Error()
+	return strings.ReplaceAll(strings.ToValidUTF8(s[:min(len(s), maxText)], "?"), "\x00", "?")
 }
 
 func wait(ctx context.Context, d time.Duration) {

@@ -33,14 +33,16 @@ type row struct {
 // read looks for rows and hands a page to the sender. It returns false if there is nothing more for now.
 func (t *term) read() (bool, error) {
 	c := t.reading
-	if c.scan == nil {
+	if c.scan == nil || t.paused {
 		s, err := t.probe()
-		if err != nil {
+		if err != nil || t.paused {
 			return false, err
 		}
-		var news bool
-		if c, news = c.begin(s, t.highest, t.floor); !news {
-			return false, nil
+		if c.scan == nil {
+			var news bool
+			if c, news = c.begin(s, t.highest, t.floor); !news {
+				return false, nil
+			}
 		}
 	}
 	p, full, err := t.fetch(c)
@@ -63,12 +65,12 @@ func (t *term) read() (bool, error) {
 	return len(p.rows) > 0, nil
 }
 
-// probe takes a snapshot and the highest number.
+// probe takes a snapshot and the highest number, and looks if the outbox is paused.
 func (t *term) probe() (snapshot, error) {
 	var text string
 	var highest int64
 	var started, now time.Time
-	err := t.conn.QueryRow(t.ctx, t.r.outbox.q.probe).Scan(&text, &highest, &started, &now)
+	err := t.conn.QueryRow(t.ctx, t.r.outbox.q.probe).Scan(&text, &highest, &started, &now, &t.paused)
 	if err != nil {
 		return snapshot{}, fmt.Errorf("outbox: take snapshot: %w", err)
 	}

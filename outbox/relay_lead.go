@@ -175,7 +175,7 @@ func (t *term) measure() { t.r.depth.Store(max(0, t.highest-t.settled)) }
 func (t *term) bury(dead []refusal) error {
 	ids, causes := make([]int64, len(dead)), make([]string, len(dead))
 	for i, d := range dead {
-		ids[i], causes[i] = d.row.id, d.cause.Error()
+		ids[i], causes[i] = d.row.id, text(d.cause)
 		t.r.log.LogAttrs(t.ctx, slog.LevelWarn, "message refused for good, moved to the dead letters",
 			slog.Int64("number", d.row.id), slog.String("topic", d.row.topic), slog.Any("error", d.cause))
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -60,9 +61,12 @@ type term struct {
 	settled int64         // numbers up to here are done, or were open
 	skew    time.Duration // our clock less the server's
 	behind  int64         // page.since of the last page in flight
+	paused  bool          // nothing more is to be read
 
 	written   time.Time // when the cursor was
 	unwritten int       // messages done since
+	noted     uint64    // of Relay.published, what is written
+	rate      float64   // messages a second, as written
 	ringSeen  time.Time // when the ring was looked at
 	ringError string    // the last one, to log it once
 }
@@ -112,7 +116,7 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string)
 	if t.done, err = s.load(); err != nil {
 		return nil, fmt.Errorf("outbox: read cursor: %w", err)
 	}
-	t.reading, t.floor, t.settled = t.done, t.done.floor, t.done.floor
+	t.reading, t.floor, t.settled, t.noted = t.done, t.done.floor, t.done.floor, r.published.Load()
 	t.written = begun.Add(-writeInterval) // the first page is written down at once: terms may be short
 	t.ctx, t.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	t.expiry = time.AfterFunc(t.left(begun), func() { t.cancel(errLeaseLost) })
@@ -181,9 +185,11 @@ func (t *term) write(ctx context.Context, release bool) error {
 	if seconds := t.r.cfg.LeaseTTL.Seconds(); !release {
 		ttl = &seconds
 	}
-	asked := time.Now()
+	asked, published, failure := time.Now(), t.r.published.Load(), t.r.failure.Load()
+	rate := smooth(t.rate, published-t.noted, asked.Sub(t.written))
 	var highest int64
-	err = t.conn.QueryRow(ctx, t.r.outbox.q.write, t.fence, t.owner, ttl, s.prev, s.cur, s.last, s.floor, string(floors)).Scan(&highest)
+	err = t.conn.QueryRow(ctx, t.r.outbox.q.write, t.fence, t.owner, ttl, s.prev, s.cur, s.last, s.floor, string(floors),
+		int64(published-t.noted), rate, failure).Scan(&highest, &t.paused)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return errLeaseLost
 	}
@@ -192,10 +198,19 @@ func (t *term) write(ctx context.Context, release bool) error {
 	}
 	// The order matters: highest was read after this write took its xid, so it is good for the next one only.
 	t.floor, t.highest = t.highest, max(t.highest, highest)
-	t.written, t.unwritten = asked, 0
+	t.written, t.unwritten, t.noted, t.rate = asked, 0, published, rate
+	t.r.failure.CompareAndSwap(failure, nil)
 	t.measure()
 	t.expiry.Reset(t.left(asked))
 	return nil
+}
+
+// smooth returns the rate of messages a second after n more in some time: a mean that forgets in about ten seconds.
+func smooth(rate float64, n uint64, in time.Duration) float64 {
+	if in <= 0 {
+		return rate
+	}
+	return rate + (float64(n)/in.Seconds()-rate)*(1-math.Exp(-in.Seconds()/10))
 }
 
 // The SQLSTATEs that mean something to the relay.

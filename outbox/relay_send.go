@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"time"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/backoff"
@@ -44,8 +45,19 @@ func (r *Relay) send(ctx, quit context.Context, p page) result {
 		}
 		var refused []refusal
 		var first error
+		began, tried := time.Now(), len(pending)
 		pending, refused, first = sift(pending, r.publish(ctx, pending))
 		res.dead = append(res.dead, refused...)
+		if first != nil {
+			r.fail(first)
+		}
+		if r.cfg.Metrics != nil {
+			now := time.Now()
+			r.cfg.Metrics(ctx, Attempt{
+				Began: began, Took: now.Sub(began), Lag: max(0, now.Sub(time.Unix(0, p.since))), Err: first,
+				Sent: tried - len(pending) - len(refused), Dead: len(refused), Waiting: len(pending),
+			})
+		}
 		switch {
 		case len(pending) == 0 && attempt > warnAfter:
 			r.log.LogAttrs(ctx, slog.LevelInfo, "publisher accepts messages again", slog.Int("attempts", attempt))

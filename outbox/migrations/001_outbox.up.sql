@@ -36,7 +36,14 @@ create table :"schema".postrider_outbox_relay (
 	cur       pg_snapshot,                                         -- of those that it sees ...
 	last      bigint           not null default 0,                 -- ... the ones up to this id are sent
 	floor     bigint           not null default 0,                 -- ids of transactions from prev's xmax on are higher
-	floors    jsonb            not null default '{}'               -- the same for each transaction open in prev
+	floors    jsonb            not null default '{}',              -- the same for each transaction open in prev
+	sent      bigint           not null default 0,                 -- messages, since the outbox was made
+	rate      double precision not null default 0,                 -- messages a second, of about the last ten seconds
+	failure   text             not null default '',                -- the last one of the relay ...
+	failed_at timestamptz,                                         -- ... and when it was
+	paused_at timestamptz,                                         -- since when nothing is sent, NULL: it is not paused
+	paused_by text             not null default '',
+	paused_for text            not null default ''                 -- why
 ) with (fillfactor = 20);
 
 insert into :"schema".postrider_outbox_relay (system_id) select system_identifier from pg_control_system();
@@ -50,4 +57,13 @@ create table :"schema".postrider_outbox_dead (
 	data       bytea,
 	cause      text        not null,
 	died_at    timestamptz not null default now()
+);
+
+-- What operators did. Rows are never removed by the library.
+create table :"schema".postrider_outbox_log (
+	n    bigint      primary key generated always as identity,
+	at   timestamptz not null default clock_timestamp(),
+	done text        not null, -- pause, resume
+	by   text        not null,
+	why  text        not null
 );
