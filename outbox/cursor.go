@@ -79,10 +79,13 @@ type scan struct {
 	floor int64    // the cursor's floor after the scan
 }
 
-// begin starts the scan of what s sees, or returns false if there is nothing to be seen: no open transaction has ended and
-// no number above the floor was drawn, highest being the last one. floor is a number read before a cursor write that had
-// committed when s was taken.
+// begin starts the scan of what s sees, or returns false if there is nothing to be seen: s is the snapshot that was read
+// last, or no open transaction has ended and no number above the floor was drawn, highest being the last one. floor is a
+// number read before a cursor write that had committed when s was taken.
 func (c cursor) begin(s snapshot, highest, floor int64) (cursor, bool) {
+	if s.text == c.prev.text { // no transaction with an xid has ended since
+		return c, false
+	}
 	ended := c.prev.ended(s)
 	if len(ended) == 0 && highest <= c.floor {
 		return c, false

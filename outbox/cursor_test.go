@@ -46,6 +46,7 @@ func TestCursorFloors(t *testing.T) {
 	idle("10:40:10,35", 130) // other transactions write, nobody draws a number
 	scanned("41:41:", 130, 130, 0)
 	idle("50:50:", 130)
+	idle("41:41:", 140) // numbers were drawn, and nothing has committed since
 }
 
 func TestCursorIsStoredWhole(t *testing.T) {

@@ -48,18 +48,19 @@ func newQueries(schema string) queries {
 			from :"schema".postrider_outbox_seq`),
 
 		// Goes ahead of page, in the same implicit transaction. Only the walk along the index stops after a page; statistics
-		// that lag behind a growing backlog make the planner read and sort all of it. The generic plan would parse
-		// the snapshot again for every row.
+		// that lag behind a growing backlog make the planner read and sort all of it. That one plan is made once for a
+		// connection: to make it takes longer than to read a small page.
 		plan: `
 			select set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
-				set_config('enable_sort', 'off', true), set_config('plan_cache_mode', 'force_custom_plan', true)`,
+				set_config('enable_sort', 'off', true), set_config('plan_cache_mode', 'force_generic_plan', true)`,
 
 		// The rows above $1 that snapshot $4 sees and the cursor's does not: their transactions came later ($2, its xmax) or
-		// were open then and have ended since ($3). The index on id of each slot, merged; no row is locked.
+		// were open then and have ended since ($3). The index on id of each slot, merged; no row is locked. The parameters
+		// stand in subqueries, which are evaluated once: the texts would be parsed again for every row.
 		page: in(`
 			select id, at, topic, attributes, data from :"schema".postrider_outbox
-			where id > $1 and (xid >= $2::text::xid8 or xid = any($3::text[]::xid8[]))
-				and pg_visible_in_snapshot(xid, $4::text::pg_snapshot)
+			where id > $1 and (xid >= (select $2::text::xid8) or xid = any((select $3::text[]::xid8[])::xid8[]))
+				and pg_visible_in_snapshot(xid, (select $4::text::pg_snapshot))
 			order by id limit $5`),
 
 		// Writes the cursor and renews the lease, or gives it back ($3 null), if it is still ours. One row by its key. The

@@ -30,29 +30,43 @@ type row struct {
 	err   error // it cannot be read
 }
 
-// read looks for rows and hands a page to the sender. It returns false if there is nothing more for now.
-func (t *term) read() (bool, error) {
+// sight is what a look at the outbox has found.
+type sight int
+
+const (
+	nothing sight = iota
+	some          // all that could be seen
+	more          // a full page
+)
+
+// read looks for rows and hands a page to the sender.
+func (t *term) read() (sight, error) {
 	c := t.reading
 	if c.scan == nil || t.paused {
 		s, err := t.probe()
 		if err != nil || t.paused {
-			return false, err
+			return nothing, err
 		}
 		if c.scan == nil {
 			var news bool
 			if c, news = c.begin(s, t.highest, t.floor); !news {
-				return false, nil
+				return nothing, nil
 			}
 		}
 	}
 	p, full, err := t.fetch(c)
 	if err != nil {
-		return false, err
+		return nothing, err
 	}
+	found := nothing
 	if full {
+		found = more
 		p.upTo = p.rows[len(p.rows)-1].id
 		p.after = c.advance(p.upTo)
 	} else {
+		if len(p.rows) > 0 {
+			found = some
+		}
 		p.upTo = t.highest
 		p.after = c.finish()
 	}
@@ -62,7 +76,7 @@ func (t *term) read() (bool, error) {
 	t.reading, t.behind = p.after, p.since
 	t.inFlight++
 	t.pages <- p // never blocks: there is room for all that may be in flight
-	return len(p.rows) > 0, nil
+	return found, nil
 }
 
 // probe takes a snapshot and the highest number, and looks if the outbox is paused.

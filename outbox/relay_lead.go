@@ -84,9 +84,11 @@ func (t *term) loop(stop context.Context) error {
 			if err != nil {
 				return err
 			}
-			if found {
-				interval = pollMin
+			if found == more {
 				continue
+			}
+			if found == some { // what comes now can share a look
+				interval = pollMin
 			}
 			due, next = false, time.Now().Add(interval)
 			poll.Reset(interval)
