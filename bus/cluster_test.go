@@ -88,11 +88,13 @@ func TestThreeReplicas(t *testing.T) {
 		got.add(*e.Value)
 		return nil
 	})
-	if err := errors.Join(b.Subscribe(h), b.Subscribe(h, bus.Group("ordered"), bus.Ordered())); err != nil {
+	parks := keyed.Handler(func(context.Context, postrider.Event[note]) error { return postrider.Park(errors.New("broken")) })
+	err = errors.Join(b.Subscribe(h), b.Subscribe(h, bus.Group("ordered"), bus.Ordered()), b.Subscribe(parks, bus.Group("parks"), bus.Ordered()))
+	if err != nil {
 		t.Fatal(err)
 	}
 	start(t, b) // also before the cluster has a leader
-	for _, name := range []string{"NOTES", "DEAD_LETTERS", "SCHEDULES"} {
+	for _, name := range []string{"NOTES", "DEAD_LETTERS", "SCHEDULES", "PARKED"} {
 		if cfg := streamConfig(t, nc, name); cfg.Replicas != 3 {
 			t.Errorf("stream %s has %d replicas", name, cfg.Replicas)
 		}
@@ -127,13 +129,16 @@ func TestThreeReplicas(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	stepDown("STREAM.LEADER.STEPDOWN.PARKED")
+	publishKeyed(t, b, 20, 0, 3)
+	parkedKeys(t, b, bus.ParkedFilter{Group: "parks"}, 60)
 	postridertest.Eventually(t, wantCount(got.distinct, notes-1))
 	waitLetters(t, b, bus.LetterFilter{}, 2)
 	s, err := js.Stream(t.Context(), "NOTES")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := s.CachedInfo().State.Msgs; n != notes {
-		t.Errorf("the stream has %d messages, want %d", n, notes)
+	if n := s.CachedInfo().State.Msgs; n != notes+60 {
+		t.Errorf("the stream has %d messages, want %d", n, notes+60)
 	}
 }

@@ -58,13 +58,15 @@ type subscription struct {
 	// Of an ordered subscription only, see lanes.go.
 	lanes    *lanes
 	pin      string // tells the server that we own the consumer
-	fence    uint64 // the token of this ownership
+	fence    uint64 // the token of this ownership, the latest if it has drawn several
+	term     uint64 // the token that it began with
 	takeOver bool   // deliveries are dropped until they begin anew
 	wasReset bool   // the consumer was told to begin anew
 	queue    chan *delivered
 	wake     chan struct{} // tells the pull loop that there may be room
 
 	// Of an ordered subscription only, see park.go.
+	parking      sync.Mutex // held while something is stored there
 	parkedStream jetstream.Stream
 	parked       parked // nil until the owner has read it
 	answers      string // of the redelivery: begins the subjects on which the owner answers it

@@ -7,44 +7,61 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// fenceTopics begins the subjects in the bus's own stream whose sequences are the fencing tokens of ordered subscriptions.
-const fenceTopics = "fence"
+// fenceTopics begins the subjects whose sequences are the fencing tokens of ordered subscriptions. They are in the stream of
+// parked messages, so that the server itself can refuse what an owner parks that has a successor: see [subscription.parkLast].
+const (
+	fenceTopics = "fence"
+	fenceAgain  = ".again" // of the tokens that an owner draws when it is one already
+)
 
-// takeFence draws the token of an ownership, a new one if it has one already. It returns false if the ownership has ended.
+// takeFence draws the token of an ownership, a new one if it has one already, and returns it. It is 0 if the ownership has
+// ended.
 //
 // The token of an ownership is the sequence of a message that the new owner stores. One that stalls before it stores it
 // could get a token above that of its own successor. So the owner asks for the pin afterwards: if it is still ours, every
 // successor gets its pin, and stores its message, later than that, and has a larger token.
 // (The tokens are those of Gray and Cheriton, "Leases", 1989, as used by Burrows, "The Chubby lock service", 2006.)
-func (s *subscription) takeFence(ctx context.Context) (ours bool, _ error) {
+func (s *subscription) takeFence(ctx context.Context, subject string) (uint64, error) {
 	s.mu.Lock()
 	pin := s.pin
 	s.mu.Unlock()
-	mark := &nats.Msg{
-		Subject: s.bus.subject(fenceTopics + "." + s.durable), Data: []byte(pin),
-		Header: nats.Header{"Nats-Rollup": {"sub"}}, // the last one is enough
-	}
+	mark := &nats.Msg{Subject: subject, Data: []byte(pin), Header: nats.Header{"Nats-Rollup": {"sub"}}} // the last one is enough
 	fence, err := s.bus.publishOnly(ctx, mark)
 	if err != nil {
-		return false, fromNATS("bus: fence "+s.durable, err)
+		return 0, fromNATS("bus: fence "+s.durable, err)
 	}
+	if ours, err := s.hasPin(ctx, pin); err != nil || !ours {
+		return 0, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pin != pin {
+		return 0, nil
+	}
+	s.fence = max(s.fence, fence) // two may have been drawn at once
+	return fence, nil
+}
+
+// hasPin asks if a pin of ours is the consumer's still. Else the ownership has ended.
+func (s *subscription) hasPin(ctx context.Context, pin string) (bool, error) {
 	info, err := s.bus.js.Consumer(ctx, s.stream, s.durable)
 	if err != nil {
-		return false, fromNATS("bus: fence "+s.durable, err)
+		return false, fromNATS("bus: owner of "+s.durable, err)
 	}
-	now := pinOf(info.CachedInfo())
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.pin != pin || pin == "":
 		return false, nil
-	case now != pin:
+	case pinOf(info.CachedInfo()) != pin:
 		s.disown()
 		return false, nil
 	}
-	s.fence = max(s.fence, fence) // two may have been drawn at once
 	return true, nil
 }
+
+// fenceSubject is where the token is stored that an owner begins with.
+func (s *subscription) fenceSubject() string { return s.bus.subject(fenceTopics + "." + s.durable) }
 
 // pinOf returns the pin of a consumer, which has one group at most.
 func pinOf(info *jetstream.ConsumerInfo) string {
@@ -59,8 +76,8 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 	ctx, cancel := context.WithTimeout(ctx, ackTimeout)
 	defer cancel()
 	op := "bus: take over " + s.durable
-	ours, err := s.takeFence(ctx)
-	if err != nil || !ours {
+	term, err := s.takeFence(ctx, s.fenceSubject())
+	if err != nil || term == 0 {
 		return err
 	}
 	s.mu.Lock()
@@ -72,8 +89,9 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 		}
 	}
 	s.mu.Lock()
-	if ours = s.pin == pin; ours {
-		s.parked = keys
+	ours := s.pin == pin
+	if ours {
+		s.parked, s.term = keys, term
 	}
 	fence, n := s.fence, len(keys)
 	s.mu.Unlock()

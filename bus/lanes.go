@@ -128,7 +128,7 @@ func (s *subscription) owned(d *delivered) bool {
 
 // disown forgets the messages of an ownership that has ended. The lock is held.
 func (s *subscription) disown() {
-	s.pin, s.fence, s.takeOver, s.wasReset = "", 0, false, false
+	s.pin, s.fence, s.term, s.takeOver, s.wasReset = "", 0, 0, false, false
 	s.parked = nil
 	s.letGo()
 	for _, d := range slices.Clone(s.held) { // those that run: what comes of them is the next owner's business

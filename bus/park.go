@@ -58,9 +58,9 @@ func keyToken(key string) string {
 	return fmt.Sprintf("%s%%~%x", t[:maxKeyToken/2], sha256.Sum256([]byte(key))) // no token of a short key has %~
 }
 
-// parkedStream makes the stream of parked messages exist. Replicas that lag behind must not answer for it.
+// parkedStream makes the stream of parked messages and of fencing tokens exist. Replicas that lag behind must not answer for it.
 func (b *Bus) parkedStream(ctx context.Context) (jetstream.Stream, error) {
-	s := Stream{Name: b.prefixed(parkedStreamName), Topics: []string{parkedPrefix + ">", parkLogPrefix + ">"}}
+	s := Stream{Name: b.prefixed(parkedStreamName), Topics: []string{parkedPrefix + ">", parkLogPrefix + ">", fenceTopics + ".>"}}
 	s.Replicas = b.cfg.DeadLetters.Replicas
 	for _, other := range b.cfg.Streams {
 		s.Replicas = max(s.Replicas, other.Replicas) // as safe as the safest
@@ -178,18 +178,20 @@ func (s *subscription) again(d *delivered) {
 }
 
 // parkLast stores a message as the last of its key, which is parked from then on, and returns when the server has it. It
-// happens in the key's turn, so the next of the key finds it parked. An owner that lost the consumer meanwhile does nothing;
-// should it lose it between this look and the store, its successor does not know that the key is parked, and the message is
-// handled again when it is released.
+// happens in the key's turn, so the next of the key finds it parked. An owner that lost the consumer meanwhile does nothing.
+// Should it lose it between this look and the store, the server refuses the message: the successor stores its own token before
+// it reads which keys are parked.
 func (s *subscription) parkLast(d *delivered, at postrider.Delivery, cause error) error {
+	s.parking.Lock() // a server with replicas takes one message at a time under one condition
+	defer s.parking.Unlock()
 	s.mu.Lock()
-	ours := !s.expired() && d.isHeld()
+	ours, pin, term := !s.expired() && d.isHeld(), s.pin, s.term
 	s.mu.Unlock()
 	if !ours {
 		return errors.New("bus: park: another instance has the message") // which it tries: nobody here does
 	}
 	token := keyToken(d.lane.key)
-	header := ownHeaders(d.Header, 12)
+	header := ownHeaders(d.Header, 14)
 	maps.DeleteFunc(header, func(k string, _ []string) bool { return strings.HasPrefix(k, headerOwn) }) // of a letter published anew
 	for _, h := range [...][2]string{
 		{headerGroup, s.cfg.group},
@@ -200,6 +202,8 @@ func (s *subscription) parkLast(d *delivered, at postrider.Delivery, cause error
 		{headerSequence, strconv.FormatUint(at.Sequence, 10)},
 		{headerTime, formatTime(time.Now())},
 		{headerMsgID, fmt.Sprintf("parked.%s.%s.%d", s.durable, at.Stream, at.Sequence)},
+		{jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(term, 10)},
+		{jetstream.ExpectedLastSubjSeqSubjHeader, s.fenceSubject()},
 	} {
 		header[h[0]] = []string{h[1]}
 	}
@@ -210,7 +214,13 @@ func (s *subscription) parkLast(d *delivered, at postrider.Delivery, cause error
 	s.bus.fit(msg)
 	ctx, cancel := context.WithTimeout(context.Background(), s.bus.cfg.PublishTimeout)
 	defer cancel()
-	if err := s.bus.pub.publish(ctx, []*entry{{msg: msg}})[0]; err != nil {
+	if _, err := s.bus.pub.lane(ctx, s.fenceSubject()); err != nil { // it may not be durable any more
+		return fmt.Errorf("bus: park: %w", err)
+	}
+	if _, err := s.bus.publishOnly(ctx, msg); err != nil {
+		if api, ok := errors.AsType[*jetstream.APIError](err); ok && api.ErrorCode == errWrongSequence {
+			err = errors.Join(err, s.replaced(ctx, pin))
+		}
 		return fmt.Errorf("bus: park: %w", err)
 	}
 	s.bus.stats.parked.Add(1)
@@ -220,6 +230,17 @@ func (s *subscription) parkLast(d *delivered, at postrider.Delivery, cause error
 		s.parked[token] = &parkedKey{known: true, stream: at.Stream, last: at.Sequence}
 	}
 	return nil
+}
+
+// replaced finds out why the server has another token than ours. If no successor has the consumer, or the stream was made
+// anew, this ownership begins again, with a new token.
+func (s *subscription) replaced(ctx context.Context, pin string) error {
+	ours, err := s.hasPin(ctx, pin)
+	if ours {
+		s.reset()
+		s.signal()
+	}
+	return err
 }
 
 // lastParked finds out which message was the last of its key that was parked.
@@ -294,7 +315,7 @@ func (s *subscription) check(d *delivered) {
 		return
 	}
 	if free { // what comes now must have a larger token than what was released
-		if ours, err := s.takeFence(ctx); err != nil || !ours {
+		if token, err := s.takeFence(ctx, s.fenceSubject()+fenceAgain); err != nil || token == 0 {
 			s.log.Debug("the next owner is asked about a parked key", "key", d.lane.key, "error", err)
 			return
 		}

@@ -58,9 +58,9 @@ func (s *subscription) releaseStep(ctx context.Context, cmd *delivered, fence ui
 	case !now.held:
 		err = s.ask(quick, cmd)
 	case !now.fenced:
-		var ours bool
-		if ours, err = s.takeFence(quick); err == nil {
-			s.goOn(cmd, func(r *release) { r.fenced = ours }) // with the new token
+		var token uint64
+		if token, err = s.takeFence(quick, s.fenceSubject()+fenceAgain); err == nil {
+			s.goOn(cmd, func(r *release) { r.fenced = token > 0 }) // with the new token
 			return false
 		}
 	default:

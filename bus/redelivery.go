@@ -60,7 +60,7 @@ func (b *Bus) declareOwn(ctx context.Context) error {
 	if err := b.checkServer(ctx); err != nil {
 		return err
 	}
-	s := Stream{Name: b.ownStreamName(), Topics: []string{groupTopics + ".>", schedTopics + ".>", fenceTopics + ".>"}}
+	s := Stream{Name: b.ownStreamName(), Topics: []string{groupTopics + ".>", schedTopics + ".>"}}
 	for _, other := range b.cfg.Streams {
 		s.Replicas = max(s.Replicas, other.Replicas) // as safe as the safest
 	}
