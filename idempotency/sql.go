@@ -16,6 +16,9 @@ const (
 	actSQL  = `insert into :"schema".postrider_barrier (key, state, request) values ($1, 1, $2) on conflict do nothing`
 	nullSQL = `insert into :"schema".postrider_barrier (key, state) values ($1, 3) on conflict do nothing`
 
+	// What is there of some keys. For who looks from outside: a handler that asked first would know nothing sooner.
+	handledSQL = `select k from :"schema".postrider_inbox where k = any($1::uuid[])`
+
 	readSQL = `select state, request, coalesce(content_type, ''), reply from :"schema".postrider_barrier where key = $1`
 
 	// Locks the row, so that of two compensations one runs and the other sees what became of it.
@@ -59,7 +62,7 @@ type statements struct {
 	schema      string // quoted
 	lockTimeout string
 
-	claim, act, null, read, lock, answer, undone                          string
+	claim, handled, act, null, read, lock, answer, undone                 string
 	state, raise, now, lease, partition, list, sweepUntimed, sweepBarrier string
 }
 
@@ -69,7 +72,7 @@ func newStatements(schema string, lockTimeout time.Duration) statements {
 		schema:      schema,
 		lockTimeout: fmt.Sprintf("set local lock_timeout = %d", max(lockTimeout.Milliseconds(), 0)),
 
-		claim: in(claimSQL), act: in(actSQL), null: in(nullSQL), read: in(readSQL), lock: in(lockSQL),
+		claim: in(claimSQL), handled: in(handledSQL), act: in(actSQL), null: in(nullSQL), read: in(readSQL), lock: in(lockSQL),
 		answer: in(answerSQL), undone: in(undoneSQL),
 
 		state: in(stateSQL), raise: in(raiseSQL), now: nowSQL, lease: in(leaseSQL), partition: partitionSQL, list: listSQL,
