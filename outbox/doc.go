@@ -57,6 +57,15 @@
 // Nothing here depends on a session: no LISTEN, no session lock, no SET. PgBouncer in transaction mode works with a pool whose
 // DefaultQueryExecMode is pgx.QueryExecModeCacheDescribe or QueryExecModeExec, which it needs in any case.
 //
+// # Audit
+//
+// [Audit] compares the rows with the streams that they went to, and tells what is lost, doubled or out of order, and, asked for a
+// consumer, what it has not handled:
+//
+//	report, err := outbox.Audit(ctx, pool, ob, outbox.AuditConfig{
+//		Streams: []iter.Seq2[*postrider.Message, error]{b.Read(ctx, "ORDERS", time.Now().Add(-time.Hour))},
+//	})
+//
 // # What it is not for
 //
 // It is no queue: nobody else reads the tables, and a message that is to be handled in the same database needs no broker. Do

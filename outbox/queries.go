@@ -10,6 +10,7 @@ type queries struct {
 	status, pause, resume                          string // for operators
 	ringState, ringLock, ringCovered, ringTruncate string // one slot of the ring; %d is its number
 	ringPeriodLock, ringPeriod, ringPeriodNote     string // another Retain
+	auditLock, auditBegin, auditRows, auditFind    string // for who looks
 }
 
 func newQueries(schema string) queries {
@@ -148,5 +149,33 @@ func newQueries(schema string) queries {
 			alter table only :"schema".postrider_outbox
 			alter slot set default floor(date_part('epoch', clock_timestamp()) / %g)::bigint %% 3`),
 		ringPeriodNote: in(`update :"schema".postrider_outbox_relay set period = $3 where fence = $1 and owner = $2`),
+
+		// Ahead of the audit's snapshot, which does not see that a table was truncated: from here on none is, and the relay
+		// tries again later. Nobody else waits.
+		auditLock: in(`lock table :"schema".postrider_outbox, :"schema".postrider_outbox_dead in access share mode`),
+		auditBegin: in(`
+			select identity::text, system_id = (select system_identifier from pg_control_system()), clock_timestamp(),
+				(select count(*) from :"schema".postrider_outbox) + (select count(*) from :"schema".postrider_outbox_dead)
+			from :"schema".postrider_outbox_relay`),
+
+		// All rows of a time, and whether the relay is done with them: its written cursor covers them, or they are dead.
+		// Reads the tables from end to end.
+		auditRows: in(`
+			select o.id, o.at, o.topic, o.attributes, pg_visible_in_snapshot(o.xid, r.prev)
+					or r.cur is not null and pg_visible_in_snapshot(o.xid, r.cur) and o.id <= r.last,
+				exists (select from :"schema".postrider_outbox_dead as d where d.id = o.id)
+			from :"schema".postrider_outbox as o cross join :"schema".postrider_outbox_relay as r
+			where o.at >= coalesce($1::timestamptz, '-infinity') and o.at < coalesce($2::timestamptz, 'infinity')
+			union all
+			select d.id, d.at, d.topic, d.attributes, true, true
+			from :"schema".postrider_outbox_dead as d
+			where d.at >= coalesce($1::timestamptz, '-infinity') and d.at < coalesce($2::timestamptz, 'infinity')
+				and not exists (select from :"schema".postrider_outbox as o where o.id = d.id)`),
+
+		// Some rows by their numbers.
+		auditFind: in(`
+			select id, at, topic, attributes from :"schema".postrider_outbox where id = any($1)
+			union
+			select id, at, topic, attributes from :"schema".postrider_outbox_dead where id = any($1)`),
 	}
 }

@@ -151,16 +151,22 @@ func (t *term) fetch(c cursor) (p page, full bool, err error) {
 	return p, full, nil
 }
 
-// row makes the message of a row. One without attributes, as any SQL client may insert it, gets an id from the outbox's
-// identity and its number, the topic as its type and the outbox's source.
+// row makes the message of a row.
 func (t *term) row(id int64, at time.Time, topic string, attributes, data []byte) row {
+	m, err := t.r.outbox.message(t.identity, id, at, topic, attributes, data)
+	return row{id: id, topic: topic, msg: m, err: err}
+}
+
+// message makes the message of a row. One without attributes, as any SQL client may insert it, gets an id from the
+// outbox's identity and its number, the topic as its type and the outbox's source.
+func (o *Outbox) message(identity string, id int64, at time.Time, topic string, attributes, data []byte) (*postrider.Message, error) {
 	m := &postrider.Message{}
-	r := row{id: id, topic: topic, msg: m}
+	var err error
 	if attributes == nil {
-		m.ID, m.Source, m.Type, m.Time = t.identity+"-"+strconv.FormatInt(id, 10), t.r.outbox.cfg.Source, topic, at
+		m.ID, m.Source, m.Type, m.Time = identity+"-"+strconv.FormatInt(id, 10), o.cfg.Source, topic, at
 	} else {
-		r.err = envelope.ParseProto(attributes, m)
+		err = envelope.ParseProto(attributes, m)
 	}
 	m.Topic, m.Data = topic, data
-	return r
+	return m, err
 }
