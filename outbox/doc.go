@@ -34,7 +34,7 @@
 //
 // Sent rows stay for a while ([RelayConfig.Retain]) in a ring of three tables, which are truncated in turn once the written
 // cursor covers them. One relay leads by a lease with a fencing token; others wait. An idle relay reads one sequence and one
-// row four times a second. A Publish in the same process wakes it.
+// row two or three times a second. A Publish in the same process wakes it.
 //
 // # Operations
 //

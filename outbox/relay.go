@@ -26,7 +26,7 @@ type RelayConfig struct {
 	BatchSize int
 
 	// PollInterval is the longest wait between two looks at the database when nothing happens; after a message it begins
-	// at 2 ms and doubles. It bounds the delay of messages published by other processes. Default 250 ms.
+	// at 2 ms and doubles. It bounds the delay of messages published by other processes. Default 400 ms.
 	PollInterval time.Duration
 
 	// LeaseTTL is how long a relay that died is waited for before another one takes over, beside a PollInterval and the time
@@ -57,7 +57,7 @@ func (c RelayConfig) withDefaults() RelayConfig {
 			*d = value
 		}
 	}
-	set(&c.PollInterval, 250*time.Millisecond)
+	set(&c.PollInterval, 400*time.Millisecond)
 	set(&c.LeaseTTL, 3*time.Second)
 	set(&c.Retain, 5*time.Minute)
 	set(&c.DrainTimeout, 10*time.Second)

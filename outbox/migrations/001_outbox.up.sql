@@ -6,12 +6,13 @@ create sequence :"schema".postrider_outbox_seq cache 1;
 -- relay makes up the CloudEvents attributes. Rows are inserted, never updated, never deleted: three tables are filled in
 -- turn, each for one period, and truncated when all their rows are sent.
 --
--- The order of the first two columns matters: the transaction must have its xid before it draws the id.
+-- The order of the first two columns matters: the transaction must have its xid before it draws the id. The others stand so
+-- that nothing is lost to alignment.
 create table :"schema".postrider_outbox (
 	xid        xid8        not null default pg_current_xact_id(),
 	id         bigint      not null default nextval(':"schema".postrider_outbox_seq'),
-	slot       smallint    not null default floor(date_part('epoch', clock_timestamp()) / 300)::bigint % 3,
 	at         timestamptz not null default clock_timestamp(),
+	slot       smallint    not null default floor(date_part('epoch', clock_timestamp()) / 300)::bigint % 3,
 	topic      text        not null,
 	attributes bytea,      -- CloudEvents protobuf format, without the data
 	data       bytea
