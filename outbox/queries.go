@@ -50,10 +50,12 @@ func newQueries(schema string) queries {
 
 		// Goes ahead of page, in the same implicit transaction. Only the walk along the index stops after a page; statistics
 		// that lag behind a growing backlog make the planner read and sort all of it. That one plan is made once for a
-		// connection: to make it takes longer than to read a small page.
+		// connection: to make it takes longer than to read a small page. It does not know the limit, and its cost for
+		// millions of rows would have it compiled anew for each page, which takes longer still.
 		plan: `
 			select set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
-				set_config('enable_sort', 'off', true), set_config('plan_cache_mode', 'force_generic_plan', true)`,
+				set_config('enable_sort', 'off', true), set_config('plan_cache_mode', 'force_generic_plan', true),
+				set_config('jit', 'off', true)`,
 
 		// The rows above $1 that snapshot $4 sees and the cursor's does not: their transactions came later ($2, its xmax) or
 		// were open then and have ended since ($3). The index on id of each slot, merged; no row is locked. The parameters
