@@ -60,3 +60,49 @@ func BenchmarkHandler(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkDo measures a request whose outcome is known, and a first one. Eight at once, and one alone.
+func BenchmarkDo(b *testing.B) {
+	env := setup(b)
+	s := env.store(Config{})
+	pay := func(_ context.Context, req *order) (*hold, error) { return &hold{ID: req.ID}, nil }
+	var n atomic.Int64
+	do := func(key string) error {
+		_, err := Do(b.Context(), s, env.reserve, key, &order{ID: "o-1"}, pay)
+		return err
+	}
+	must(b, do("known"))
+	for _, bm := range []struct {
+		name string
+		key  func() string
+	}{
+		{"known", func() string { return "known" }},
+		{"first", func() string { return strconv.FormatInt(n.Add(1), 36) }},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.SetParallelism(4)
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					if err := do(bm.key()); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		})
+		b.Run(bm.name+"/alone", func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				must(b, do(bm.key()))
+			}
+		})
+	}
+	b.Run("select 1", func(b *testing.B) { // a round trip
+		b.ReportAllocs()
+		for b.Loop() {
+			var one int
+			must(b, env.pool.QueryRow(b.Context(), `select 1`).Scan(&one))
+		}
+	})
+}

@@ -60,9 +60,16 @@
 // (github.com/dtm-labs/client, barrier.go) with the reply stored in it: the compensation learns what it has to undo,
 // even if the orchestrator never did.
 //
+// # Effects outside the database
+//
+// [Do] runs a function once per key that a caller chose and records what it returned: a repetition gets the same response or
+// refusal, and another request under the same key is refused. While it runs the key is leased; whoever comes meanwhile waits, and
+// takes over when the owner has died. A payment at a provider or a mail cannot commit with the record, so it happens
+// at least once: give the provider the key, or the fence ([FenceFromContext]). [DoTx] is the same for effects in the database, exactly once.
+// The outcomes are kept in a [Records]: the [Store], or another.
+//
 // # What it is not for
 //
-// Effects outside the database, such as a payment at a provider or a mail, are not covered by the transaction: give the
-// provider the key. Effects in another database need a store there. PostgreSQL 14 or newer is needed. Behind PgBouncer in transaction mode set pgx's
+// Effects in another database need a store there. PostgreSQL 14 or newer is needed. Behind PgBouncer in transaction mode set pgx's
 // DefaultQueryExecMode to QueryExecModeCacheDescribe or QueryExecModeExec.
 package idempotency

@@ -28,6 +28,36 @@ const (
 	undoneSQL = `update :"schema".postrider_barrier set state = 4 where key = $1`
 )
 
+// The statements of requests with a key. Each of them finds its row by the primary key and is a transaction of its own.
+const (
+	// One round trip, and for a key that is there no write and no lock. Its own insertion is invisible to the second part.
+	// No row at all: another one inserted the key after the statement had begun.
+	claimRequestSQL = `with mine as (
+			insert into :"schema".postrider_request (key, request, until)
+			values ($1, $2, clock_timestamp() + $3::bigint * interval '1 microsecond')
+			on conflict do nothing returning fence)
+		select -1::smallint, fence, 0::bigint, null::bytea, '', null::bytea from mine
+		union all
+		select state, fence, (extract(epoch from until - clock_timestamp()) * 1000000)::bigint,
+			request, coalesce(content_type, ''), reply
+		from :"schema".postrider_request where key = $1`
+
+	// Takes a key whose lease has ended from the owner that $4 names.
+	takeRequestSQL = `update :"schema".postrider_request
+		set fence = fence + 1, request = $2, until = clock_timestamp() + $3::bigint * interval '1 microsecond'
+		where key = $1 and fence = $4 and state = 0 and until <= clock_timestamp() and (request is null or request = $2)
+		returning fence`
+
+	renewRequestSQL = `update :"schema".postrider_request set until = clock_timestamp() + $3::bigint * interval '1 microsecond'
+		where key = $1 and fence = $2 and state = 0`
+	completeRequestSQL = `update :"schema".postrider_request set state = $3, content_type = $4, reply = $5
+		where key = $1 and fence = $2`
+
+	// The fence rises so that a late statement of the owner changes nothing.
+	releaseRequestSQL = `update :"schema".postrider_request set fence = fence + 1, request = null, until = clock_timestamp()
+		where key = $1 and fence = $2 and state = 0`
+)
+
 // The statements of maintenance. They run once an hour, or when a partition is missing.
 const (
 	// The row's lock makes those who create partitions, or raise the floor, wait for each other.
@@ -55,6 +85,8 @@ const (
 		where handled_at < clock_timestamp() - $1::bigint * interval '1 microsecond' limit $2)`
 	sweepBarrierSQL = `delete from :"schema".postrider_barrier where key in (select key from :"schema".postrider_barrier
 		where at < clock_timestamp() - $1::bigint * interval '1 microsecond' limit $2)`
+	sweepRequestSQL = `delete from :"schema".postrider_request where key in (select key from :"schema".postrider_request
+		where at < clock_timestamp() - $1::bigint * interval '1 microsecond' and (state > 0 or until < clock_timestamp()) limit $2)`
 )
 
 // statements are the above for one schema.
@@ -62,8 +94,10 @@ type statements struct {
 	schema      string // quoted
 	lockTimeout string
 
-	claim, handled, act, null, read, lock, answer, undone                 string
-	state, raise, now, lease, partition, list, sweepUntimed, sweepBarrier string
+	claim, handled, act, null, read, lock, answer, undone                    string
+	claimRequest, takeRequest, renewRequest, completeRequest, releaseRequest string
+	state, raise, now, lease, partition, list                                string
+	sweepUntimed, sweepBarrier, sweepRequest                                 string
 }
 
 func newStatements(schema string, lockTimeout time.Duration) statements {
@@ -75,7 +109,10 @@ func newStatements(schema string, lockTimeout time.Duration) statements {
 		claim: in(claimSQL), handled: in(handledSQL), act: in(actSQL), null: in(nullSQL), read: in(readSQL), lock: in(lockSQL),
 		answer: in(answerSQL), undone: in(undoneSQL),
 
+		claimRequest: in(claimRequestSQL), takeRequest: in(takeRequestSQL), renewRequest: in(renewRequestSQL),
+		completeRequest: in(completeRequestSQL), releaseRequest: in(releaseRequestSQL),
+
 		state: in(stateSQL), raise: in(raiseSQL), now: nowSQL, lease: in(leaseSQL), partition: partitionSQL, list: listSQL,
-		sweepUntimed: in(sweepUntimedSQL), sweepBarrier: in(sweepBarrierSQL),
+		sweepUntimed: in(sweepUntimedSQL), sweepBarrier: in(sweepBarrierSQL), sweepRequest: in(sweepRequestSQL),
 	}
 }

@@ -55,6 +55,10 @@ type Config struct {
 	// older message is refused. Negative: for ever. Default 90 days.
 	Retention time.Duration
 
+	// KeyRetention is how long [Do] and [HTTP] know a key at least, from its first use, at least a minute. After it the same
+	// key is a new one. Negative: for ever. Default 7 days.
+	KeyRetention time.Duration
+
 	// LockTimeout bounds how long a statement waits for a lock: that of a second copy for the first one, and, since it
 	// holds for the whole transaction, those of the handler. A handler may SET LOCAL lock_timeout for itself. Whole
 	// milliseconds. Negative: without bound. Default 2 s.
@@ -69,6 +73,7 @@ func (c Config) withDefaults() Config {
 	c.Schema = cmp.Or(c.Schema, DefaultSchema)
 	c.Window = cmp.Or(c.Window, 7*day)
 	c.Retention = cmp.Or(c.Retention, 90*day)
+	c.KeyRetention = cmp.Or(c.KeyRetention, 7*day)
 	c.LockTimeout = cmp.Or(c.LockTimeout, 2*time.Second)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -82,6 +87,8 @@ func (c Config) validate() error {
 		return postrider.Errorf(postrider.InvalidArgument, "idempotency: Config.Window is %v: want at least a day", c.Window)
 	case c.Retention > 0 && c.Retention < 24*time.Hour:
 		return postrider.Errorf(postrider.InvalidArgument, "idempotency: Config.Retention is %v: want at least a day", c.Retention)
+	case c.KeyRetention > 0 && c.KeyRetention < time.Minute:
+		return postrider.Errorf(postrider.InvalidArgument, "idempotency: Config.KeyRetention is %v: want at least a minute", c.KeyRetention)
 	case c.LockTimeout > 0 && c.LockTimeout < time.Millisecond:
 		return postrider.Errorf(postrider.InvalidArgument, "idempotency: Config.LockTimeout is %v: want at least 1 ms", c.LockTimeout)
 	default:
@@ -124,7 +131,7 @@ func New(pool *pgxpool.Pool, cfg Config) (*Store, error) {
 
 // Stats counts what a Store has done since it was made.
 type Stats struct {
-	Handled    int64 // transactions committed, those of refusals and null compensations included
+	Handled    int64 // transactions committed, those of refusals and null compensations included, and outcomes written down
 	Duplicates int64 // copies that were answered without running the handler
 	Busy       int64 // copies delayed because another one was being handled
 	Expired    int64 // messages refused because of their time

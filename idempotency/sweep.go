@@ -19,7 +19,8 @@ const (
 )
 
 // Run keeps the tables small until ctx ends and then returns nil: once an hour it creates the partitions of today and
-// tomorrow, drops those older than [Config.Window], and deletes barrier rows older than [Config.Retention]. Of all
+// tomorrow, drops those older than [Config.Window], and deletes barrier rows older than [Config.Retention] and
+// outcomes older than [Config.KeyRetention]. Of all
 // instances that run, one does it. A failure is logged as a warning and tried again; handlers do not depend on it, since they
 // create a missing partition themselves. The database role needs the right to create tables in the schema.
 func (s *Store) Run(ctx context.Context) error {
@@ -68,6 +69,9 @@ func (s *Store) sweep(ctx context.Context, now time.Time) error {
 	}
 	if s.cfg.Retention > 0 {
 		errs = append(errs, s.deleteOld(ctx, s.sql.sweepBarrier, s.cfg.Retention+barrierSlack))
+	}
+	if s.cfg.KeyRetention > 0 {
+		errs = append(errs, s.deleteOld(ctx, s.sql.sweepRequest, s.cfg.KeyRetention))
 	}
 	return errors.Join(errs...)
 }

@@ -27,3 +27,16 @@ create table :"schema".postrider_barrier (
 	at           timestamptz not null default now()
 ) with (fillfactor = 70);
 create index postrider_barrier_at on :"schema".postrider_barrier using brin (at);
+
+-- What became of requests with a key whose effect is not in this database.
+create table :"schema".postrider_request (
+	key          text collate "C" not null primary key,
+	state        smallint    not null default 0 check (state between 0 and 2), -- 0 open, 1 done, 2 refused
+	fence        bigint      not null default 1,                               -- rises with each owner
+	until        timestamptz not null,                                         -- the end of the owner's lease, while open
+	request      bytea,                                                        -- fingerprint of the request, null when given back
+	content_type text,
+	reply        bytea,                                                        -- the answer, or the error if refused
+	at           timestamptz not null default now()
+) with (fillfactor = 70);
+create index postrider_request_at on :"schema".postrider_request using brin (at);
