@@ -135,6 +135,31 @@ func (m *Message) Address() string {
 	return strings.ReplaceAll(m.Type, "/", ".")
 }
 
+// CheckAddress checks that the Address can be published to: tokens of UTF-8, none of them empty, without white space and
+// wildcards, joined by dots. The error is InvalidArgument.
+func (m *Message) CheckAddress() error {
+	if a := m.Address(); !isAddress(a) {
+		return &Error{
+			Code: InvalidArgument, Op: "check message " + strconv.Quote(m.ID),
+			Msg: strconv.Quote(a) + " is no address: want tokens without spaces and wildcards, joined by dots",
+		}
+	}
+	return nil
+}
+
+func isAddress(s string) bool {
+	start := true
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == '.' && start, c <= ' ', c == '*', c == '>', c == 0x7f:
+			return false
+		default:
+			start = c == '.'
+		}
+	}
+	return !start && utf8.ValidString(s)
+}
+
 // Clone returns a copy that shares only Data.
 func (m *Message) Clone() *Message {
 	c := *m

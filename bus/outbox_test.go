@@ -65,3 +65,34 @@ func TestDelayThroughTheOutbox(t *testing.T) {
 		t.Errorf("then came %+v, %v after its time", m, now.Sub(due))
 	}
 }
+
+// What the broker would refuse fails the transaction.
+func TestCheckRefusesInTheTransaction(t *testing.T) {
+	t.Parallel()
+	pool := postridertest.Postgres(t)
+	b := newBus(t, postridertest.NATS(t))
+	if err := outbox.Migrate(t.Context(), pool, ""); err != nil {
+		t.Fatal(err)
+	}
+	ob, err := outbox.New(outbox.Config{Source: "//test/notes", MaxBytes: -1, Check: b.Check})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := func(topic string, size int) *postrider.Message {
+		return &postrider.Message{ID: "1", Type: "notes.written.v1", Topic: topic, Data: make([]byte, size)}
+	}
+	for name, tt := range map[string]struct {
+		msg  *postrider.Message
+		want error
+	}{
+		"good":           {m("", 1<<20-1024), nil},
+		"with headers":   {m("", 1<<20-50), postrider.ResourceExhausted},
+		"address":        {m("notes..v1", 0), postrider.InvalidArgument},
+		"no source":      {&postrider.Message{ID: "1", Source: "%zz", Type: "notes.written.v1"}, postrider.InvalidArgument},
+		"twice the size": {m("", 2<<20), postrider.ResourceExhausted},
+	} {
+		if err := ob.On(pool).Publish(t.Context(), tt.msg); !errors.Is(err, tt.want) || err != nil && postrider.Retryable(err) {
+			t.Errorf("%s: %v, want %v", name, err, tt.want)
+		}
+	}
+}

@@ -176,6 +176,18 @@ func notStored(err error) bool {
 	return ok && e.Unprocessed
 }
 
+// Check says if Publish would refuse a message for what it is: its attributes, its address, its size with the headers that it
+// would have, by what the server that the bus is connected to takes. It asks nobody. Give it to an outbox as its
+// Config.Check: then the transaction fails and not the relay. The errors are those of Publish.
+func (b *Bus) Check(m *postrider.Message) error {
+	e, err := b.prepare(m)
+	if err != nil {
+		return err
+	}
+	b.release(e)
+	return nil
+}
+
 // prepare checks a message and encodes it.
 func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 	if m.Source == "" {
@@ -184,11 +196,10 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}
-	topic := m.Address()
-	if !isAddress(topic) {
-		return nil, postrider.Errorf(postrider.InvalidArgument,
-			"bus: publish %s: %q is no address: want tokens without spaces and wildcards, joined by dots", m.ID, topic)
+	if err := m.CheckAddress(); err != nil {
+		return nil, err
 	}
+	topic := m.Address()
 	if err := checkPartitions(topic); err != nil {
 		return nil, postrider.Errorf(postrider.InvalidArgument, "bus: publish %s: %w", m.ID, err)
 	}
@@ -207,16 +218,5 @@ func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
 	return e, nil
 }
 
-// isAddress says if s can be published to: no empty tokens, no wildcards, no white space.
-func isAddress(s string) bool {
-	start := true
-	for i := range len(s) {
-		switch c := s[i]; {
-		case c == '.' && start, c <= ' ', c == '*', c == '>', c == 0x7f:
-			return false
-		default:
-			start = c == '.'
-		}
-	}
-	return !start
-}
+// isAddress says if s can be published to.
+func isAddress(s string) bool { return (&postrider.Message{Topic: s}).CheckAddress() == nil }

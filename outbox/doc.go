@@ -13,6 +13,9 @@
 //
 //	err = postrider.Run(ctx, b, relay)
 //
+// Begin the transaction by ob.On(pool) in the place of pool, and the messages go with its COMMIT in one flight: [DB.Begin].
+// [DB.Publish] is for messages that go with nothing else.
+//
 // # Guarantee
 //
 // Every committed message is accepted by the relay's publisher at least once, or moved with its cause to the table

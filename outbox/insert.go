@@ -2,17 +2,42 @@ package outbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/envelope"
 )
 
-// copyFrom is how many messages are worth the extra round trips of COPY.
+// copyFrom is how many messages are worth the extra round trip of COPY.
 const copyFrom = 100
+
+// In returns a publisher whose messages leave if, and only if, tx commits. Like tx it is for one goroutine.
+//
+// Publish inserts at once, or with the COMMIT if tx was begun by [DB.Begin]. It checks the messages before it touches the
+// database, so that the transaction remains usable after a refusal: InvalidArgument for a bad attribute or address,
+// ResourceExhausted (and permanent) for one that is too large, and what [Config.Check] says. All of several messages are
+// taken or none.
+//
+// A message with a key waits for other open transactions that published the same key, since the order of a key is the order
+// of their commits. So a transaction that publishes several keys one call after the other may deadlock with another one, which
+// PostgreSQL ends with an error in one of them (Aborted, as any failure of a statement that a new transaction may not have). One call
+// sorts its keys and cannot, nor can transactions of [DB.Begin]. Other errors: FailedPrecondition without tables, Unavailable when
+// the connection broke, of which nothing was committed.
+func (o *Outbox) In(tx pgx.Tx) postrider.Publisher {
+	switch t := tx.(type) {
+	case *deferred:
+		return queue{o, t}
+	case *savepoint:
+		return queue{o, t.root}
+	default:
+		return publisher{o, tx}
+	}
+}
 
 type publisher struct {
 	outbox *Outbox
@@ -24,76 +49,149 @@ func (p publisher) Publish(ctx context.Context, msgs ...*postrider.Message) erro
 	if len(msgs) == 0 {
 		return nil
 	}
-	rows, keys, err := p.outbox.encode(msgs)
+	rows, err := p.outbox.encode(msgs)
 	if err != nil {
 		return err
 	}
-	if err := p.insert(ctx, rows, keys); err != nil {
-		return fmt.Errorf("outbox: insert %d messages, the first %s: %w", len(msgs), msgs[0].ID, err)
+	if err := p.outbox.insert(ctx, p.tx, rows); err != nil {
+		e := p.outbox.failed(ctx, "insert "+name(msgs), err)
+		e.Unprocessed = true // whatever became of the statement, it cannot commit any more
+		return e
 	}
 	p.outbox.poke()
 	return nil
 }
 
-// insert sends lock and rows in one flight; COPY cannot share one, so there the lock goes ahead. The lock comes first,
-// so that the ids are drawn under it.
-func (p publisher) insert(ctx context.Context, rows rows, keys []string) error {
-	q, batch := &p.outbox.q, &pgx.Batch{}
-	if len(keys) > 0 {
-		batch.Queue(q.lockKeys, keys)
-	}
-	switch n := len(rows.topics); {
-	case n == 1:
-		batch.Queue(q.insertOne, rows.topics[0], rows.attributes[0], rows.data[0])
-	case n < copyFrom:
-		batch.Queue(q.insertMany, rows.topics, rows.attributes, rows.data)
-	default:
-		if batch.Len() > 0 {
-			if err := p.tx.SendBatch(ctx, batch).Close(); err != nil {
-				return err
-			}
-		}
-		_, err := p.tx.CopyFrom(ctx, pgx.Identifier{p.outbox.cfg.Schema, "postrider_outbox"},
-			[]string{"topic", "attributes", "data"},
-			pgx.CopyFromSlice(n, func(i int) ([]any, error) {
-				return []any{rows.topics[i], rows.attributes[i], rows.data[i]}, nil
-			}))
-		return err
-	}
-	return p.tx.SendBatch(ctx, batch).Close()
+// execer is a transaction, or a pool with one for each statement.
+type execer interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, rows pgx.CopyFromSource) (int64, error)
 }
 
-// rows are the columns of what is inserted.
+// insert takes the locks of the keys and inserts in one flight. The locks come first, so that the numbers are drawn under
+// them. COPY cannot take locks, so there they go ahead, in the same transaction.
+func (o *Outbox) insert(ctx context.Context, db execer, r rows) error {
+	if len(r.topics) < copyFrom {
+		sql, args := r.statement(&o.q)
+		_, err := db.Exec(ctx, sql, args...)
+		return err
+	}
+	if len(r.keys) > 0 {
+		if _, err := db.Exec(ctx, o.q.lockKeys, r.keys); err != nil {
+			return err
+		}
+	}
+	_, err := db.CopyFrom(ctx, pgx.Identifier{o.cfg.Schema, "postrider_outbox"}, []string{"topic", "attributes", "data"},
+		pgx.CopyFromSlice(len(r.topics), func(i int) ([]any, error) {
+			return []any{r.topics[i], r.attributes[i], r.data[i]}, nil
+		}))
+	return err
+}
+
+// rows are the columns of what is inserted, and the keys to lock before.
 type rows struct {
 	topics     []string
 	attributes [][]byte
 	data       [][]byte
+	keys       []string // prefixed by the schema
 }
 
-// encode checks the messages, fills in their source and returns their rows and the keys to lock.
-func (o *Outbox) encode(msgs []*postrider.Message) (rows, []string, error) {
+// statement returns the statement that locks the keys and inserts the rows in their order.
+func (r *rows) statement(q *queries) (string, []any) {
+	if len(r.topics) == 1 {
+		if len(r.keys) == 0 {
+			return q.insertOne, []any{r.topics[0], r.attributes[0], r.data[0]}
+		}
+		return q.insertKeyed, []any{r.topics[0], r.attributes[0], r.data[0], r.keys[0]}
+	}
+	if len(r.keys) == 0 {
+		return q.insertMany, []any{r.topics, r.attributes, r.data}
+	}
+	return q.insertManyKeyed, []any{r.topics, r.attributes, r.data, r.keys}
+}
+
+// append adds the rows of more, which come later.
+func (r *rows) append(more rows) {
+	r.topics, r.attributes = append(r.topics, more.topics...), append(r.attributes, more.attributes...)
+	r.data, r.keys = append(r.data, more.data...), append(r.keys, more.keys...)
+}
+
+// encode checks the messages, fills in their source and returns their rows.
+func (o *Outbox) encode(msgs []*postrider.Message) (rows, error) {
 	n := len(msgs)
-	out := rows{make([]string, n), make([][]byte, n), make([][]byte, n)}
-	var keys []string
+	out := rows{topics: make([]string, n), attributes: make([][]byte, n), data: make([][]byte, n)}
 	for i, m := range msgs {
 		if m.Source == "" {
 			m.Source = o.cfg.Source
 		}
-		if err := m.Validate(); err != nil {
-			return rows{}, nil, fmt.Errorf("outbox: %w", err)
+		head, err := o.check(m)
+		if err != nil {
+			return rows{}, err
 		}
-		head := *m
-		head.Data = nil
-		out.topics[i], out.attributes[i], out.data[i] = m.Address(), envelope.AppendProto(nil, &head), m.Data
-		if size := len(out.attributes[i]) + len(m.Data); o.cfg.MaxBytes >= 0 && size > o.cfg.MaxBytes {
-			return rows{}, nil, postrider.Permanent(&postrider.Error{
-				Code: postrider.ResourceExhausted, Op: "outbox: publish " + m.Type + " " + strconv.Quote(m.ID),
-				Msg: fmt.Sprintf("the message has %d bytes, Config.MaxBytes is %d: store the data elsewhere and send a claim check", size, o.cfg.MaxBytes),
-			})
-		}
+		out.topics[i], out.attributes[i], out.data[i] = m.Address(), head, m.Data
 		if key := m.Key(); key != "" && !o.cfg.NoKeyLock {
-			keys = append(keys, o.cfg.Schema+"."+key)
+			out.keys = append(out.keys, o.cfg.Schema+"."+key)
 		}
 	}
-	return out, keys, nil
+	return out, nil
+}
+
+// check refuses what the broker would refuse, and returns the encoded attributes.
+func (o *Outbox) check(m *postrider.Message) (head []byte, err error) {
+	if err := m.Validate(); err != nil {
+		return nil, fmt.Errorf("outbox: %w", err)
+	}
+	if err := m.CheckAddress(); err != nil {
+		return nil, fmt.Errorf("outbox: %w", err)
+	}
+	bare := *m
+	bare.Data = nil
+	head = envelope.AppendProto(nil, &bare)
+	if size := len(head) + len(m.Data); o.cfg.MaxBytes >= 0 && size > o.cfg.MaxBytes {
+		return nil, postrider.Permanent(&postrider.Error{
+			Code: postrider.ResourceExhausted, Op: "outbox: publish " + m.Type + " " + strconv.Quote(m.ID),
+			Msg: fmt.Sprintf("the message has %d bytes, Config.MaxBytes is %d: store the data elsewhere and send a claim check", size, o.cfg.MaxBytes),
+		})
+	}
+	if o.cfg.Check != nil {
+		if err := o.cfg.Check(m); err != nil {
+			return nil, fmt.Errorf("outbox: %w", err)
+		}
+	}
+	return head, nil
+}
+
+// name tells some messages in an error.
+func name(msgs []*postrider.Message) string {
+	return fmt.Sprintf("%d messages, the first %s %s", len(msgs), msgs[0].Type, msgs[0].ID)
+}
+
+// failed gives the error of a statement its class.
+func (o *Outbox) failed(ctx context.Context, op string, err error) *postrider.Error {
+	e := &postrider.Error{Code: postrider.Unavailable, Op: "outbox: " + op, Unprocessed: pgconn.SafeToRetry(err), Err: err}
+	var pg *pgconn.PgError
+	switch {
+	case errors.As(err, &pg):
+		e.Code, e.Unprocessed = classOf(pg), pg.SeverityUnlocalized == "ERROR"
+		if hasState(err, undefinedTable, undefinedSchema) {
+			e.Code, e.Msg = postrider.FailedPrecondition, "schema "+o.cfg.Schema+" has no outbox: call outbox.Migrate first"
+		}
+	case ctx.Err() != nil:
+		e.Code = postrider.CodeOf(ctx.Err())
+	}
+	return e
+}
+
+// classOf maps an SQLSTATE (PostgreSQL, appendix A) by its first two characters, which are its class.
+func classOf(e *pgconn.PgError) postrider.Code {
+	switch class := e.Code[:min(2, len(e.Code))]; {
+	case e.SeverityUnlocalized != "ERROR", class == "08", class == "53", class == "57": // connection, resources, operator
+		return postrider.Unavailable
+	case class == "40", class == "55": // deadlock or serialization, a lock that was not to be had in time
+		return postrider.Aborted
+	case class == "23", class == "42": // a constraint that was deferred to the commit, no right to
+		return postrider.FailedPrecondition
+	default:
+		return postrider.Internal
+	}
 }

@@ -101,9 +101,15 @@ func TestRefusalLeavesTheTransactionUsable(t *testing.T) {
 	pool, ob := setup(t)
 	b := &broker{}
 	start(t, pool, b, outbox.RelayConfig{Outbox: ob})
+	checked, err := outbox.New(outbox.Config{Source: "//s", Check: func(m *postrider.Message) error {
+		return postrider.Errorf(postrider.PermissionDenied, "no %s of %s", m.ID, m.Source)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
 
 	ctx := t.Context()
-	err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
 		p := ob.In(tx)
 		if err := p.Publish(ctx); err != nil {
 			return err
@@ -117,6 +123,13 @@ func TestRefusalLeavesTheTransactionUsable(t *testing.T) {
 		}
 		bad := message("", "")
 		wantCode(t, p.Publish(ctx, message("with bad", ""), bad), postrider.InvalidArgument)
+		for _, topic := range []string{"a b", "a.*", "a.>", "a..b", ".", "a\x00", "a\xff"} {
+			lost := message("lost", "")
+			lost.Topic = topic
+			wantCode(t, p.Publish(ctx, lost), postrider.InvalidArgument)
+		}
+		unwanted := message("unwanted", "")
+		wantCode(t, checked.In(tx).Publish(ctx, unwanted), postrider.PermissionDenied)
 		return p.Publish(ctx, message("good", ""))
 	})
 	if err != nil {

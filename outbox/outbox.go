@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"net/url"
 
-	"github.com/jackc/pgx/v5"
-
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/internal/migrate"
 )
@@ -22,6 +20,10 @@ type Config struct {
 	// refused by the broker after the commit. Default 1 MiB, the default of nats-server, less 16 KiB for headers.
 	// Negative: no limit.
 	MaxBytes int
+
+	// Check, if not nil, may refuse a message for more reasons than its attributes and MaxBytes: its error is that of Publish.
+	// bus.Bus.Check knows what its server takes, headers included. It must be quick, and safe for concurrent use.
+	Check func(*postrider.Message) error
 
 	// NoKeyLock leaves out the lock on a message's key. Set it only if every transaction that publishes a key holds another
 	// lock from before Publish to its end, such as that of the business row; else the order of the key is lost.
@@ -65,15 +67,6 @@ func New(cfg Config) (*Outbox, error) {
 	}
 	return &Outbox{cfg: cfg, q: newQueries(schema), wake: make(chan struct{}, 1)}, nil
 }
-
-// In returns a publisher whose messages leave if, and only if, tx commits. Like tx it is for one goroutine.
-//
-// Publish checks the messages before it touches the database, so that the transaction remains usable after a refusal:
-// InvalidArgument for a bad attribute, ResourceExhausted (and permanent) for one that is too large. All of several
-// messages are taken or none. A message with a key waits for other open transactions that published the same key, since
-// the order of a key is the order of their commits; transactions that publish several keys one call after the other may
-// deadlock, which PostgreSQL ends with an error in one of them. One call sorts its keys and cannot.
-func (o *Outbox) In(tx pgx.Tx) postrider.Publisher { return publisher{o, tx} }
 
 // poke makes the relay of this process look soon. It comes before the commit, hence the relay looks more than once.
 func (o *Outbox) poke() {

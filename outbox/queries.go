@@ -1,10 +1,15 @@
 package outbox
 
-import "github.com/postrider/postrider/internal/migrate"
+import (
+	"strings"
+
+	"github.com/postrider/postrider/internal/migrate"
+)
 
 // queries are the statements of one outbox. The database's clock decides everything that is compared with its rows.
 type queries struct {
-	lockKeys, insertOne, insertMany                string // in the user's transaction
+	lockKeys, insertOne, insertKeyed               string // in the user's transaction
+	insertMany, insertManyKeyed                    string // the same
 	sequence, acquire, probe, plan, page, write    string // the relay's ordinary work
 	dead, adopt, adoptCursor                       string // what happens seldom
 	status, pause, resume                          string // for operators
@@ -13,21 +18,32 @@ type queries struct {
 	auditLock, auditBegin, auditRows, auditFind    string // for who looks
 }
 
+const lockKeys = `
+			select pg_advisory_xact_lock(h) from (
+				select distinct hashtextextended('postrider_outbox.' || k, 0) as h from unnest($1::text[]) as k order by h
+			) as sorted`
+
 func newQueries(schema string) queries {
 	in := func(sql string) string { return migrate.In(schema, sql) }
 	return queries{
 		// Takes the transaction-scoped advisory locks of some keys, in the order of their hashes, so that two of these
 		// statements cannot deadlock. A key is prefixed by its schema. The package's documentation tells SQL writers of it.
-		lockKeys: `
-			select pg_advisory_xact_lock(h) from (
-				select distinct hashtextextended('postrider_outbox.' || k, 0) as h from unnest($1::text[]) as k order by h
-			) as sorted`,
+		lockKeys: lockKeys,
 
-		// Writers lock nothing but their own new rows, and share the table.
+		// Writers lock nothing but their keys and their own new rows, and share the table. With keys, a row draws its number
+		// when it comes out of the CTE, which is after the locks are held, and the order by comes before it as well.
 		insertOne: in(`insert into :"schema".postrider_outbox (topic, attributes, data) values ($1, $2, $3)`),
+		insertKeyed: in(`
+			with locked as materialized (select pg_advisory_xact_lock(hashtextextended('postrider_outbox.' || $4::text, 0)))
+			insert into :"schema".postrider_outbox (topic, attributes, data)
+			select $1::text, $2::bytea, $3::bytea from locked`),
 		insertMany: in(`
 			insert into :"schema".postrider_outbox (topic, attributes, data)
 			select t, a, d from unnest($1::text[], $2::bytea[], $3::bytea[]) with ordinality as u (t, a, d, n) order by n`),
+		insertManyKeyed: in(`
+			with locked as materialized (select count(*) from (` + strings.Replace(lockKeys, "$1", "$4", 1) + ` offset 0) as l)
+			insert into :"schema".postrider_outbox (topic, attributes, data)
+			select t, a, d from locked, unnest($1::text[], $2::bytea[], $3::bytea[]) with ordinality as u (t, a, d, n) order by n`),
 
 		sequence: `select seqcache from pg_sequence where seqrelid = to_regclass($1)`,
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -135,12 +134,10 @@ func (b *Bus) prepare(m *postrider.Message) (*stored, *stream, error) {
 	if err := m.Validate(); err != nil {
 		return nil, nil, err
 	}
-	topic := m.Address()
-	if strings.ContainsAny(topic, " \t\r\n*>") || slices.Contains(strings.Split(topic, "."), "") {
-		return nil, nil, postrider.Errorf(postrider.InvalidArgument,
-			"membus: publish %s: %q is no address: want tokens without spaces and wildcards, joined by dots", m.ID, topic)
+	if err := m.CheckAddress(); err != nil {
+		return nil, nil, err
 	}
-	subject := b.subject(topic)
+	subject := b.subject(m.Address())
 	s := b.broker.streamOf(subject)
 	if s == nil {
 		return nil, nil, noStream("publish "+m.ID, subject)

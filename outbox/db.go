@@ -1,0 +1,239 @@
+package outbox
+
+import (
+	"bytes"
+	"context"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/postrider/postrider"
+)
+
+// DB is the pool of a database with an outbox. It is a [postrider.Publisher] with transactions of its own, and begins
+// transactions whose messages go to the server with their COMMIT. It is safe for concurrent use.
+type DB struct {
+	outbox *Outbox
+	pool   *pgxpool.Pool
+}
+
+// On returns the DB of a pool. It is not for the transactions of a program that has its own: those publish through
+// [Outbox.In], and need a DB only if it shall begin them.
+func (o *Outbox) On(pool *pgxpool.Pool) *DB { return &DB{o, pool} }
+
+// Publish implements [postrider.Publisher]: the messages are committed when it returns nil. It takes one round trip, for a
+// hundred and more messages with keys four. Errors are those of [Outbox.In], and Unavailable, DeadlineExceeded and Canceled
+// without Unprocessed mean that the messages may have been accepted: publish them again with the same ids. Then both rows may
+// be sent, and NATS drops the second by its id within the stream's duplicate window, package idempotency after that.
+func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
+	if len(msgs) == 0 {
+		return nil
+	}
+	rows, err := d.outbox.encode(msgs)
+	if err != nil {
+		return err
+	}
+	if len(msgs) >= copyFrom && len(rows.keys) > 0 {
+		err = pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) error { return d.outbox.insert(ctx, tx, rows) })
+	} else {
+		err = d.outbox.insert(ctx, d.pool, rows)
+	}
+	if err != nil {
+		return d.outbox.failed(ctx, "publish "+name(msgs), err)
+	}
+	d.outbox.poke()
+	return nil
+}
+
+// Begin begins a transaction in which [Outbox.In] does not insert at once: all messages go with the COMMIT, in one flight.
+// That saves a round trip for each Publish, which is most of what an outbox costs, holds the locks of keys for the time of
+// the commit only, and makes deadlocks by keys impossible. Pass DB to [pgx.BeginFunc] in the place of the pool:
+//
+//	err := pgx.BeginFunc(ctx, ob.On(pool), func(tx pgx.Tx) error {
+//		...
+//		return OrderPlaced.Publish(ctx, ob.In(tx), &o)
+//	})
+//
+// What the database says about the messages comes from Commit then. Roll back to a savepoint by the transaction's Begin, which drops what
+// was published since; it cannot know about a "rollback to" in SQL. An error of Commit that is Unavailable,
+// DeadlineExceeded or Canceled and not Unprocessed means that the transaction may have committed. Whoever gets the tx
+// but does not know it was begun so, calls Commit or Rollback as ever.
+func (d *DB) Begin(ctx context.Context) (pgx.Tx, error) { return d.BeginTx(ctx, pgx.TxOptions{}) }
+
+// BeginTx is [DB.Begin] with options, for [pgx.BeginTxFunc].
+func (d *DB) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
+	conn, err := d.pool.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	tx, err := conn.BeginTx(ctx, opts)
+	if err != nil {
+		conn.Release()
+		return nil, err
+	}
+	commit := opts.CommitQuery
+	if commit == "" {
+		commit = "commit"
+	}
+	return &deferred{Tx: tx, conn: conn, commit: commit}, nil
+}
+
+// deferred is a transaction of DB.Begin.
+type deferred struct {
+	pgx.Tx
+	conn    *pgxpool.Conn
+	commit  string
+	waiting []waiting // in the order of Publish
+}
+
+// waiting are rows that go with the commit.
+type waiting struct {
+	outbox *Outbox
+	rows   rows
+}
+
+// queue publishes in a deferred transaction.
+type queue struct {
+	outbox *Outbox
+	tx     *deferred
+}
+
+// Publish implements [postrider.Publisher]; see [Outbox.In].
+func (q queue) Publish(_ context.Context, msgs ...*postrider.Message) error {
+	if len(msgs) == 0 {
+		return nil
+	}
+	if q.tx.Tx == closedTx {
+		return postrider.Errorf(postrider.FailedPrecondition, "outbox: publish %s: %w", name(msgs), pgx.ErrTxClosed)
+	}
+	rows, err := q.outbox.encode(msgs)
+	if err != nil {
+		return err
+	}
+	for i := range rows.data {
+		rows.data[i] = bytes.Clone(rows.data[i]) // a Publisher keeps nothing of its caller
+	}
+	q.tx.waiting = append(q.tx.waiting, waiting{q.outbox, rows})
+	return nil
+}
+
+// savepoint is a transaction in a deferred one. What is published in it goes with the commit of that, whether the savepoint is
+// released or left open.
+type savepoint struct {
+	pgx.Tx
+	root *deferred
+	mark int // what was waiting when it began
+}
+
+// Begin implements [pgx.Tx]: a savepoint.
+func (t *deferred) Begin(ctx context.Context) (pgx.Tx, error) { return t.savepoint(ctx, t.Tx) }
+
+// Begin implements [pgx.Tx]: a savepoint.
+func (s *savepoint) Begin(ctx context.Context) (pgx.Tx, error) { return s.root.savepoint(ctx, s.Tx) }
+
+func (t *deferred) savepoint(ctx context.Context, in pgx.Tx) (pgx.Tx, error) {
+	tx, err := in.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &savepoint{tx, t, len(t.waiting)}, nil
+}
+
+// Rollback implements [pgx.Tx]. What was published since the savepoint is dropped.
+func (s *savepoint) Rollback(ctx context.Context) error {
+	err := s.Tx.Rollback(ctx)
+	if err == nil {
+		s.root.waiting = s.root.waiting[:min(s.mark, len(s.root.waiting))]
+	}
+	return err
+}
+
+// Commit implements [pgx.Tx]: it sends what was published and COMMIT in one flight.
+func (t *deferred) Commit(ctx context.Context) error {
+	if t.Tx == closedTx {
+		return pgx.ErrTxClosed
+	}
+	defer t.release()
+	if len(t.waiting) == 0 || t.conn.Conn().PgConn().TxStatus() != 'T' { // a failed one tells so itself
+		return t.Tx.Commit(ctx)
+	}
+	if err := t.send(ctx); err != nil {
+		if t.conn.Conn().PgConn().TxStatus() != 'I' {
+			rollback, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+			defer cancel()
+			_ = t.Tx.Rollback(rollback) // if it fails it closes the connection, and the server rolls back
+		}
+		return err
+	}
+	for _, w := range t.waiting {
+		w.outbox.poke()
+	}
+	return nil
+}
+
+// rollbackTimeout bounds the roll-back after a commit that failed; then the connection is closed instead.
+const rollbackTimeout = 5 * time.Second
+
+// send inserts what waits and commits. What is too much for one flight goes ahead.
+func (t *deferred) send(ctx context.Context) error {
+	var all []waiting // one for each outbox, nearly always there is but one
+	for _, w := range t.waiting {
+		i := slices.IndexFunc(all, func(o waiting) bool { return o.outbox == w.outbox })
+		if i < 0 {
+			all = append(all, w)
+		} else {
+			all[i].rows.append(w.rows)
+		}
+	}
+	batch := &pgx.Batch{}
+	for _, w := range all {
+		if len(w.rows.topics) >= copyFrom {
+			if err := w.outbox.insert(ctx, t.Tx, w.rows); err != nil {
+				e := w.outbox.failed(ctx, "insert with the commit", err)
+				e.Unprocessed = true
+				return e
+			}
+			continue
+		}
+		sql, args := w.rows.statement(&w.outbox.q)
+		batch.Queue(sql, args...)
+	}
+	rolledBack := false
+	batch.Queue(t.commit).Exec(func(tag pgconn.CommandTag) error {
+		rolledBack = tag.String() == "ROLLBACK"
+		return nil
+	})
+	if err := t.Tx.SendBatch(ctx, batch).Close(); err != nil {
+		return all[0].outbox.failed(ctx, "commit", err)
+	}
+	if rolledBack {
+		return pgx.ErrTxCommitRollback
+	}
+	return nil
+}
+
+// Rollback implements [pgx.Tx]. What was published is dropped.
+func (t *deferred) Rollback(ctx context.Context) error {
+	defer t.release()
+	return t.Tx.Rollback(ctx)
+}
+
+// release gives the connection back, once.
+func (t *deferred) release() {
+	if t.Tx != closedTx {
+		t.Tx = closedTx
+		t.conn.Release()
+	}
+}
+
+// closedTx is what a transaction that has ended becomes: all its methods fail with [pgx.ErrTxClosed].
+var closedTx = pgx.FailedBatchResults(begun(), pgx.ErrTxClosed).Tx() //nolint:gochecknoglobals // a constant in all but syntax
+
+func begun() *pgx.Batch {
+	b := &pgx.Batch{}
+	b.BeginTx(pgx.TxOptions{})
+	return b
+}
