@@ -18,7 +18,13 @@ import (
 	"github.com/postrider/postrider/postridertest"
 )
 
-func TestMain(m *testing.M) { os.Exit(postridertest.Main(m)) }
+func TestMain(m *testing.M) {
+	if config := os.Getenv(processEnv); config != "" {
+		fmt.Fprintln(os.Stderr, relayProcess(config))
+		os.Exit(1)
+	}
+	os.Exit(postridertest.Main(m))
+}
 
 type order struct {
 	ID       string `json:"id"`
