@@ -112,7 +112,7 @@ func (s *Store) do(
 	}
 	request := key.fingerprint(method, m)
 	fresh := false
-	t, err := s.begin(ctx, func(b *pgx.Batch) {
+	t, err := s.begin(ctx, s.sql.lockTimeout, func(b *pgx.Batch) {
 		b.Queue(s.sql.act, key.text, request).Exec(func(tag pgconn.CommandTag) error {
 			fresh = tag.RowsAffected() == 1
 			return nil
@@ -130,7 +130,7 @@ func (s *Store) do(
 	res, runErr := run(t)
 	switch {
 	case runErr == nil:
-		err = s.commit(ctx, t, func(b *pgx.Batch) {
+		err = s.commit(ctx, t, 1, func(b *pgx.Batch) {
 			b.Queue(s.sql.answer, key.text, stateDone, res.contentType, res.data)
 		})
 	case postrider.Retryable(runErr):
@@ -143,7 +143,7 @@ func (s *Store) do(
 		if _, err = t.Exec(ctx, "rollback to savepoint postrider_action"); err != nil {
 			break
 		}
-		err = s.commit(ctx, t, func(b *pgx.Batch) {
+		err = s.commit(ctx, t, 1, func(b *pgx.Batch) {
 			b.Queue(s.sql.answer, key.text, stateRefused, "application/json", postrider.AppendError(nil, runErr))
 		})
 	}
@@ -192,7 +192,7 @@ func (s *Store) undo(ctx context.Context, method string, m *postrider.Message, r
 	var row barrierRow
 	nulled := false
 	// The claim waits for an action that has not ended: then it either finds its row or bars it.
-	t, err := s.begin(ctx, func(b *pgx.Batch) {
+	t, err := s.begin(ctx, s.sql.lockTimeout, func(b *pgx.Batch) {
 		b.Queue(s.sql.null, key.text).Exec(func(tag pgconn.CommandTag) error {
 			nulled = tag.RowsAffected() == 1
 			return nil
@@ -206,12 +206,12 @@ func (s *Store) undo(ctx context.Context, method string, m *postrider.Message, r
 
 	switch {
 	case nulled:
-		err = s.commit(ctx, t, nil)
+		err = s.commit(ctx, t, 1, nil)
 	case row.state == stateDone:
 		if err := run(t, answer{row.contentType, row.reply}); err != nil {
 			return err
 		}
-		err = s.commit(ctx, t, func(b *pgx.Batch) { b.Queue(s.sql.undone, key.text) })
+		err = s.commit(ctx, t, 1, func(b *pgx.Batch) { b.Queue(s.sql.undone, key.text) })
 	case row.state == 0: // deleted as too old between the two statements
 		return &postrider.Error{Code: postrider.Aborted, Op: op, Msg: "its row has just expired"}
 	default: // refused, nulled, undone: nothing is in effect

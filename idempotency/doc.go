@@ -2,8 +2,8 @@
 //
 // A broker delivers at least once: after a crash, a time-out or a replay a message comes again. [Handler] writes a row
 // about the message in the same PostgreSQL transaction as the handler's effect, so that row and effect commit or vanish
-// together. [Action] and [Compensation] do the same for the participants of a saga and for calls with an idempotency
-// key; they also keep the answer, so that a repetition gets the same one.
+// together; [BatchHandler] does so for many messages in one. [Action] and [Compensation] do the same for the participants of
+// a saga and for calls with an idempotency key; they also keep the answer, so that a repetition gets the same one.
 //
 // The guarantee: what the handler writes through its transaction is committed exactly once per message and consumer,
 // whatever is redelivered, re-driven or replayed.

@@ -2,8 +2,11 @@ package idempotency_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
+	"maps"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -66,6 +69,64 @@ func ExampleHandler() {
 	// Output:
 	// due: 1999
 	// {Handled:1 Duplicates:1 Busy:0 Expired:0}
+}
+
+// One statement books all that is new in a batch.
+func ExampleBatchHandler() {
+	ctx := context.Background()
+	pool, done := connect(ctx, `create table account (id text primary key, due bigint not null); insert into account values ('ada', 0), ('bob', 0)`)
+	defer done()
+	store, err := idempotency.New(pool, idempotency.Config{})
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	orderPlaced := postrider.NewTopic[Order]("orders.placed.v1")
+	h := idempotency.BatchHandler(store, "billing", orderPlaced,
+		func(ctx context.Context, tx pgx.Tx, orders []postrider.Event[Order]) error {
+			due := map[string]int64{}
+			for _, o := range orders {
+				due[o.Value.Account] += o.Value.Cents
+			}
+			accounts := slices.Sorted(maps.Keys(due)) // as every other transaction locks them
+			cents := make([]int64, len(accounts))
+			for i, account := range accounts {
+				cents[i] = due[account]
+			}
+			_, err := tx.Exec(ctx, `update account set due = due + cents
+				from unnest($1::text[], $2::bigint[]) as booked (account, cents) where id = account`, accounts, cents)
+			return err
+		})
+
+	// A bus would do this: b.Subscribe(h, bus.Batch(100, 20*time.Millisecond)).
+	var batch []*postrider.Message
+	for i, account := range []string{"ada", "bob", "ada"} {
+		m, err := orderPlaced.Message(ctx, &Order{ID: fmt.Sprintf("o-%d", i), Account: account, Cents: 1000})
+		if err != nil {
+			log.Fatal(err)
+		}
+		m.Source = "//shop/orders"
+		batch = append(batch, m)
+	}
+	for _, part := range [][]*postrider.Message{batch[:2], batch} { // two are delivered again
+		if err := errors.Join(h.HandleBatch(ctx, part)...); err != nil {
+			log.Fatal(err)
+		}
+	}
+
+	rows, err := pool.Query(ctx, `select id || ' ' || due from account order by id`)
+	if err != nil {
+		log.Fatal(err)
+	}
+	dues, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(dues)
+	fmt.Printf("%+v\n", store.Stats())
+	// Output:
+	// [ada 2000 bob 1000]
+	// {Handled:3 Duplicates:2 Busy:0 Expired:0}
 }
 
 // The participant of a saga: a reservation that is undone, and one whose compensation overtakes it.

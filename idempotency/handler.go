@@ -5,6 +5,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/postrider/postrider"
 )
@@ -34,33 +35,19 @@ func Handler[T any](
 // once runs effect unless consumer has handled m.
 func (s *Store) once(ctx context.Context, consumer string, m *postrider.Message, effect func(pgx.Tx) error) error {
 	op := "idempotency: " + consumer + ": handle " + m.Type + " " + m.ID
-	if m.ID == "" {
-		return &postrider.Error{Code: postrider.InvalidArgument, Op: op, Msg: "the message has no id to know it by"}
-	}
-	if !validTime(m.Time) {
-		return s.outOfRange(op, "its time, %v, cannot be right: mend the sender's clock", m.Time)
+	key, err := s.admitEvent(op, consumer, m)
+	if err != nil {
+		return err
 	}
 	fresh := false
-	claim := func(b *pgx.Batch) {
-		b.Queue(s.sql.claim, inboxKey(consumer, m)).Exec(func(tag pgconn.CommandTag) error {
+	t, err := s.beginClaim(ctx, op, s.sql.lockTimeout, func(b *pgx.Batch) {
+		b.Queue(s.sql.claim, key).Exec(func(tag pgconn.CommandTag) error {
 			fresh = tag.RowsAffected() == 1
 			return nil
 		})
-	}
-	t, err := s.begin(ctx, claim)
-	// The first message of its day. More than once, because a committed partition can be seen in the catalog a moment
-	// before the sessions are told to forget that it was missing.
-	for range 5 {
-		if sqlState(err) != checkViolation {
-			break
-		}
-		if err := s.createPartition(ctx, op, m.Time); err != nil {
-			return err
-		}
-		t, err = s.begin(ctx, claim)
-	}
+	}, func() error { return s.createPartition(ctx, op, m.Time) })
 	if err != nil {
-		return s.beginError(ctx, op, err)
+		return err
 	}
 	defer s.end(ctx, t)
 	if !fresh {
@@ -70,10 +57,45 @@ func (s *Store) once(ctx context.Context, consumer string, m *postrider.Message,
 	if err := effect(t); err != nil {
 		return err
 	}
-	if err := s.commit(ctx, t, nil); err != nil {
+	if err := s.commit(ctx, t, 1, nil); err != nil {
 		return commitError(ctx, op, err)
 	}
 	return nil
+}
+
+// admitEvent returns the key of a message in the inbox, or refuses it.
+func (s *Store) admitEvent(op, consumer string, m *postrider.Message) (pgtype.UUID, error) {
+	switch {
+	case m.ID == "":
+		return pgtype.UUID{}, &postrider.Error{Code: postrider.InvalidArgument, Op: op, Msg: "the message has no id to know it by"}
+	case !validTime(m.Time):
+		return pgtype.UUID{}, s.outOfRange(op, "its time, %v, cannot be right: mend the sender's clock", m.Time)
+	default:
+		return inboxKey(consumer, m), nil
+	}
+}
+
+// beginClaim opens a transaction and claims keys in the same flight; create makes the partitions that they turn out to lack. The
+// caller ends it.
+func (s *Store) beginClaim(
+	ctx context.Context, op, lockTimeout string, queue func(*pgx.Batch), create func() error,
+) (*tx, error) {
+	t, err := s.begin(ctx, lockTimeout, queue)
+	// The first message of its day. More than once, because a committed partition can be seen in the catalog a moment
+	// before the sessions are told to forget that it was missing.
+	for range 5 {
+		if sqlState(err) != checkViolation {
+			break
+		}
+		if err := create(); err != nil {
+			return nil, err
+		}
+		t, err = s.begin(ctx, lockTimeout, queue)
+	}
+	if err != nil {
+		return nil, s.beginError(ctx, op, err)
+	}
+	return t, nil
 }
 
 // outOfRange makes the error of a message that is too old or too new to be known. No repetition mends it.

@@ -29,20 +29,27 @@ func (s *Store) createPartition(ctx context.Context, op string, t time.Time) err
 		}
 		day := dayOf(t)
 		end := day.AddDate(0, 0, 1)
-		switch {
-		case !day.After(floor), s.cfg.Window > 0 && end.Before(now.Add(-s.cfg.Window)):
-			refused = s.outOfRange(op, "it is from %s, older than the window of %v in which it is known what was handled",
+		tooOld := func() error {
+			return s.outOfRange(op, "it is from %s, older than the window of %v in which it is known what was handled",
 				t.UTC().Format(time.RFC3339), s.cfg.Window)
-			return nil
-		case t.After(now.Add(maxAhead)):
-			refused = s.outOfRange(op, "it is from %s, more than %v ahead of the database's clock: mend the sender's clock",
-				t.UTC().Format(time.RFC3339), maxAhead)
+		}
+		if !day.After(floor) {
+			refused = tooOld()
 			return nil
 		}
 		var there bool
 		name := day.Format(partitionName)
 		if err := tx.QueryRow(ctx, s.sql.partition, s.cfg.Schema, name).Scan(&there); err != nil || there {
 			return err
+		}
+		switch {
+		case s.cfg.Window > 0 && end.Before(now.Add(-s.cfg.Window)):
+			refused = tooOld()
+			return nil
+		case t.After(now.Add(maxAhead)):
+			refused = s.outOfRange(op, "it is from %s, more than %v ahead of the database's clock: mend the sender's clock",
+				t.UTC().Format(time.RFC3339), maxAhead)
+			return nil
 		}
 		// Created beside and then attached: CREATE TABLE PARTITION OF would lock out all handlers (ACCESS EXCLUSIVE on the
 		// parent), ATTACH does not (SHARE UPDATE EXCLUSIVE).

@@ -12,6 +12,9 @@ const (
 	// Waits for a transaction that has inserted the same key and not ended. No row affected: a duplicate.
 	claimSQL = `insert into :"schema".postrider_inbox (k) values ($1) on conflict do nothing`
 
+	// The same for many, in the order of $1, and tells which are new.
+	claimAllSQL = `insert into :"schema".postrider_inbox (k) select unnest($1::uuid[]) on conflict do nothing returning k`
+
 	// The same for the barrier: an action claims its key as done, a compensation as nulled.
 	actSQL  = `insert into :"schema".postrider_barrier (key, state, request) values ($1, 1, $2) on conflict do nothing`
 	nullSQL = `insert into :"schema".postrider_barrier (key, state) values ($1, 3) on conflict do nothing`
@@ -91,10 +94,11 @@ const (
 
 // statements are the above for one schema.
 type statements struct {
-	schema      string // quoted
-	lockTimeout string
+	schema string // quoted
 
-	claim, handled, act, null, read, lock, answer, undone                    string
+	lockTimeout, briefLockTimeout string
+
+	claim, claimAll, handled, act, null, read, lock, answer, undone          string
 	claimRequest, takeRequest, renewRequest, completeRequest, releaseRequest string
 	state, raise, now, lease, partition, list                                string
 	sweepUntimed, sweepBarrier, sweepRequest                                 string
@@ -102,11 +106,15 @@ type statements struct {
 
 func newStatements(schema string, lockTimeout time.Duration) statements {
 	in := func(sql string) string { return migrate.In(schema, sql) }
+	ms := max(lockTimeout.Milliseconds(), 0)
 	return statements{
-		schema:      schema,
-		lockTimeout: fmt.Sprintf("set local lock_timeout = %d", max(lockTimeout.Milliseconds(), 0)),
+		schema: schema,
 
-		claim: in(claimSQL), handled: in(handledSQL), act: in(actSQL), null: in(nullSQL), read: in(readSQL), lock: in(lockSQL),
+		lockTimeout:      fmt.Sprintf("set local lock_timeout = %d", ms),
+		briefLockTimeout: fmt.Sprintf("set local lock_timeout = %d", min(ms, briefLock.Milliseconds())),
+
+		claim: in(claimSQL), claimAll: in(claimAllSQL), handled: in(handledSQL),
+		act: in(actSQL), null: in(nullSQL), read: in(readSQL), lock: in(lockSQL),
 		answer: in(answerSQL), undone: in(undoneSQL),
 
 		claimRequest: in(claimRequestSQL), takeRequest: in(takeRequestSQL), renewRequest: in(renewRequestSQL),

@@ -131,7 +131,7 @@ func New(pool *pgxpool.Pool, cfg Config) (*Store, error) {
 
 // Stats counts what a Store has done since it was made.
 type Stats struct {
-	Handled    int64 // transactions committed, those of refusals and null compensations included, and outcomes written down
+	Handled    int64 // messages whose transaction was committed, refusals and null compensations included, and outcomes written down
 	Duplicates int64 // copies that were answered without running the handler
 	Busy       int64 // copies delayed because another one was being handled
 	Expired    int64 // messages refused because of their time

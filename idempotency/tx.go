@@ -19,6 +19,9 @@ const (
 	// busyDelay is what a copy waits whose twin is being handled. It is not short: the twin does the work, and each try
 	// counts as an attempt.
 	busyDelay = 5 * time.Second
+
+	// briefLock is how long parts of a batch wait that has already waited for a copy of one of its messages.
+	briefLock = 20 * time.Millisecond
 )
 
 // SQLSTATEs, see PostgreSQL's appendix A.
@@ -43,8 +46,9 @@ type tx struct {
 	misuse error // what a handler did that must not be committed
 }
 
-// begin opens a transaction and sends what claim queues in the same flight. The caller ends it.
-func (s *Store) begin(ctx context.Context, claim func(*pgx.Batch)) (*tx, error) {
+// begin opens a transaction and sends what claim queues in the same flight, which waits for locks as lockTimeout says. The
+// caller ends it.
+func (s *Store) begin(ctx context.Context, lockTimeout string, claim func(*pgx.Batch)) (*tx, error) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return nil, err
@@ -52,8 +56,11 @@ func (s *Store) begin(ctx context.Context, claim func(*pgx.Batch)) (*tx, error) 
 	var b pgx.Batch
 	// Not the session's default: in REPEATABLE READ the claim would fail where here it sees the other copy's row.
 	b.BeginTx(pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
-	b.Queue(s.sql.lockTimeout)
+	b.Queue(lockTimeout)
 	claim(&b)
+	if lockTimeout != s.sql.lockTimeout {
+		b.Queue(s.sql.lockTimeout) // for the handler
+	}
 	results := conn.SendBatch(ctx, &b)
 	t := &tx{Tx: results.Tx(), conn: conn}
 	if err := results.Close(); err != nil {
@@ -63,8 +70,8 @@ func (s *Store) begin(ctx context.Context, claim func(*pgx.Batch)) (*tx, error) 
 	return t, nil
 }
 
-// commit sends what finish queues, if it is not nil, and COMMIT in one flight.
-func (s *Store) commit(ctx context.Context, t *tx, finish func(*pgx.Batch)) error {
+// commit sends what finish queues, if it is not nil, and COMMIT in one flight. It is the end of n messages.
+func (s *Store) commit(ctx context.Context, t *tx, n int, finish func(*pgx.Batch)) error {
 	if t.misuse != nil {
 		return t.misuse
 	}
@@ -82,7 +89,7 @@ func (s *Store) commit(ctx context.Context, t *tx, finish func(*pgx.Batch)) erro
 	if err := t.conn.SendBatch(ctx, &b).Close(); err != nil {
 		return err
 	}
-	s.handled.Add(1)
+	s.handled.Add(int64(n))
 	return nil
 }
 
