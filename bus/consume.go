@@ -62,6 +62,7 @@ type subscription struct {
 	term     uint64 // the token that it began with
 	takeOver bool   // deliveries are dropped until they begin anew
 	wasReset bool   // the consumer was told to begin anew
+	astray   bool   // and did, but somewhere else
 	queue    chan *delivered
 	wake     chan struct{} // tells the pull loop that there may be room
 

@@ -98,17 +98,22 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 	if !ours {
 		return nil
 	}
-	s.forgetPulls() // the server forgets what was asked for before: it is asked again, on another inbox
+	s.forgetPulls() // it is asked again, on another inbox, so that what comes there was asked for after the reset
 	info, err := s.bus.js.ResetConsumer(ctx, s.stream, s.durable)
 	if err != nil {
 		return fromNATS(op, err)
 	}
-	if pinOf(info.ConsumerInfo) != pin { // who told us before that it is ours was no longer the consumer's leader
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.pin == pin {
-			s.disown()
-		}
+	s.mu.Lock()
+	ours = s.pin == pin
+	switch {
+	case ours && pinOf(info.ConsumerInfo) != pin: // who told us before that it is ours was no longer the consumer's leader
+		s.disown()
+		ours = false
+	case ours:
+		s.wasReset = true
+	}
+	s.mu.Unlock()
+	if !ours {
 		return nil
 	}
 	s.log.Info("took over the ordered subscription", "durable", s.durable, "fence", fence, "parked keys", n)

@@ -104,6 +104,10 @@ func (s *subscription) later(d *delivered, delay time.Duration) {
 // Who does not own the consumer asks for one message only, the one that tells of the pin, so that nothing is delivered
 // while the reset is on its way: a consumer with replicas (nats-server 2.15.2) puts that behind the reset in its Raft log,
 // takes all before it for delivered, and forgets what was not acknowledged of it when another server leads.
+//
+// The reset does not end the pulls that the server has, and one that came on a connection which only its client knows to be
+// broken gets the deliveries that begin anew. An owner that sees only later ones gives the pin back: those pulls carry it, and
+// the server drops them.
 const (
 	ownerGroup = "owner"
 	ownerTTL   = 3 * time.Second
@@ -122,13 +126,20 @@ func (s *subscription) owned(d *delivered) bool {
 	}
 	// What was on its way before the reset has a number above that of the message which told of the pin.
 	at, err := placeOf(d.Reply)
-	s.takeOver = !s.wasReset || err != nil || at.consumer != 1
+	switch {
+	case !s.wasReset:
+	case err == nil && at.consumer == 1:
+		s.takeOver = false
+	case d.Sub == s.sub: // on which nothing was asked for before the reset
+		s.astray = true
+		s.signal()
+	}
 	return !s.takeOver
 }
 
 // disown forgets the messages of an ownership that has ended. The lock is held.
 func (s *subscription) disown() {
-	s.pin, s.fence, s.term, s.takeOver, s.wasReset = "", 0, 0, false, false
+	s.pin, s.fence, s.term, s.takeOver, s.wasReset, s.astray = "", 0, 0, false, false, false
 	s.parked = nil
 	s.letGo()
 	for _, d := range slices.Clone(s.held) { // those that run: what comes of them is the next owner's business
@@ -168,19 +179,21 @@ func (s *subscription) letGo() {
 // assumeOwnership does what a new owner has to do first.
 func (s *subscription) assumeOwnership(ctx context.Context) error {
 	s.mu.Lock()
-	pin, begin := s.pin, s.takeOver && !s.wasReset
-	s.wasReset = s.takeOver
+	pin, begin, astray := s.pin, s.takeOver && !s.wasReset, s.astray
 	s.mu.Unlock()
-	if !begin {
-		return nil
-	}
-	err := s.claim(ctx, pin)
-	if err != nil {
+	switch {
+	case astray:
+		s.log.Info("the deliveries began anew on a lost connection: giving up the ordered subscription", "durable", s.durable)
+		s.unpin(ctx)
+		s.forgetPulls()
 		s.mu.Lock()
-		s.wasReset = false
+		s.disown()
 		s.mu.Unlock()
+		return nil
+	case begin:
+		return s.claim(ctx, pin)
 	}
-	return err
+	return nil
 }
 
 // keepOwnership sends pulls often enough, until the last handler has ended: the drain asks for no messages.
