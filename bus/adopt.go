@@ -62,6 +62,17 @@ func (s Stream) keepLimits(want *jetstream.StreamConfig, have jetstream.StreamCo
 	want.AllowMsgTTL, want.AllowMsgSchedules, want.AllowRollup = have.AllowMsgTTL, have.AllowMsgSchedules, have.AllowRollup
 }
 
+// keepsMessages refuses a change by which the server deletes messages that are there: a lower max age.
+func keepsMessages(have *jetstream.StreamInfo, want jetstream.StreamConfig) error {
+	was, now := have.Config.MaxAge, want.MaxAge
+	oldest := have.State.FirstTime
+	if now <= 0 || was > 0 && was <= now || have.State.Msgs == 0 || have.TimeStamp.Sub(oldest) < now {
+		return nil
+	}
+	return postrider.Errorf(postrider.FailedPrecondition, "change max age: %v -> %v: it would delete messages, the oldest is of %s: "+
+		"if they may go, do it with nats stream edit --max-age=%v", was, now, oldest.UTC().Format(time.RFC3339), now)
+}
+
 // keepKind has a stream that exists keep what it is, by which others may rely on it.
 func keepKind(want *jetstream.StreamConfig, have jetstream.StreamConfig) {
 	want.Storage, want.Retention, want.Discard, want.AllowDirect = have.Storage, have.Retention, have.Discard, have.AllowDirect

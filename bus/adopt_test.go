@@ -62,6 +62,39 @@ func streamConfig(t *testing.T, nc *nats.Conn, name string) jetstream.StreamConf
 	return ofMaker(s.CachedInfo().Config)
 }
 
+// A lower max age is refused as long as it would delete what is there.
+func TestLowerMaxAgeDeletesNothing(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	if err := noted.Publish(t.Context(), newBus(t, nc), &note{N: 1}); err != nil {
+		t.Fatal(err)
+	}
+	aged := func(age time.Duration) error {
+		b := newBus(t, nc, func(c *bus.Config) { c.Streams[0].MaxAge = age })
+		return noted.Publish(t.Context(), b, &note{N: 2})
+	}
+	if err := aged(time.Hour); err != nil { // nothing is that old
+		t.Fatal(err)
+	}
+	const short = 200 * time.Millisecond
+	postridertest.Eventually(t, func() error {
+		if age := time.Since(stored(t, nc, "NOTES")[0].Time); age < short {
+			return fmt.Errorf("the message is %v old", age)
+		}
+		return nil
+	})
+	err := aged(short)
+	if postrider.CodeOf(err) != postrider.FailedPrecondition || !strings.Contains(err.Error(), "max age: 1h0m0s -> 200ms") {
+		t.Errorf("error %v, want FailedPrecondition with both values", err)
+	}
+	if cfg := streamConfig(t, nc, "NOTES"); cfg.MaxAge != time.Hour {
+		t.Errorf("max age is %v", cfg.MaxAge)
+	}
+	if n := len(stored(t, nc, "NOTES")); n != 2 {
+		t.Errorf("%d messages are left, want 2", n)
+	}
+}
+
 // ofMaker removes what the server notes about itself.
 func ofMaker(cfg jetstream.StreamConfig) jetstream.StreamConfig {
 	maps.DeleteFunc(cfg.Metadata, func(k, _ string) bool { return strings.HasPrefix(k, "_nats.") })

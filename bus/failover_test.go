@@ -29,6 +29,8 @@ type ledger struct {
 	stale map[string]int // refused, by member
 	wrong []string
 
+	broken map[string]bool // keys whose messages cannot be handled: they are to be parked
+
 	holdFor string    // the answer to the next beginning of this member is held back
 	held    *nats.Msg // that beginning
 	heldKey string
@@ -67,6 +69,10 @@ func (l *ledger) handle(msg *nats.Msg) {
 		k.fence, k.open = d.Fence, nil
 	}
 	if msg.Subject == "ledger.begin" {
+		if l.broken[d.Key] {
+			_ = msg.Respond([]byte(answerPark))
+			return
+		}
 		if o := k.open; o != nil && (o.Member != d.Member || o.N != d.N) { // else it is tried again
 			wrong("two of one key at once: %v and %v", *o, d)
 		}
@@ -87,6 +93,16 @@ func (l *ledger) handle(msg *nats.Msg) {
 		k.owner, k.at = d.Member, time.Now()
 	}
 	_ = msg.Respond(nil)
+}
+
+// breaks has keys fail from now on, and no others.
+func (l *ledger) breaks(keys ...string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.broken = map[string]bool{}
+	for _, key := range keys {
+		l.broken[key] = true
+	}
 }
 
 // owned returns the keys whose last effect was a member's.
@@ -320,6 +336,42 @@ func TestStalledMember(t *testing.T) {
 	})
 	c.share() // the stalled one has a part again
 	c.finish()
+}
+
+// TestParkOverKills kills processes while keys are parked, and while they are released. Every message takes effect, in the
+// order of its key.
+func TestParkOverKills(t *testing.T) {
+	t.Parallel()
+	c := newCrew(t)
+	a, b := c.start(), c.start()
+	c.start()
+	c.share()
+	broken := []string{"key-0", "key-1", "key-2", "key-3", "key-4", "key-5"}
+	nc, err := nats.Connect(c.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	operators := newBus(t, nc)
+	c.breaks(broken...)
+	c.kill(a) // what it owned is parked by it, by others, or half
+	c.start()
+	postridertest.Eventually(t, func() error {
+		keys, _, err := operators.Parked().Keys(t.Context(), bus.ParkedFilter{}, "", 0)
+		if err == nil && len(keys) != len(broken) {
+			err = fmt.Errorf("%d keys are parked, want %d", len(keys), len(broken))
+		}
+		return err
+	})
+	c.share()
+	c.breaks()
+	if n, err := operators.Parked().Release(t.Context(), bus.ParkedFilter{}, operator); n != len(broken) || err != nil {
+		t.Fatalf("%d keys released, error %v", n, err)
+	}
+	c.kill(b)
+	c.start()
+	c.finish()
+	nothingParked(t, nc, operators)
 }
 
 // BenchmarkFailOver kills one of three processes again and again, and reports after what time all its keys went on:

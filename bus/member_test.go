@@ -24,6 +24,7 @@ const (
 	memberEnv  = "POSTRIDER_TEST_MEMBER"
 	memberURL  = "POSTRIDER_TEST_NATS"
 	memberKeys = 60
+	answerPark = "park" // of the ledger
 )
 
 // deed is what a member tells the ledger.
@@ -64,6 +65,9 @@ func member(name string) error {
 		answer, err := nc.RequestWithContext(ctx, "ledger."+what, data)
 		if err == nil && len(answer.Data) > 0 {
 			err = errors.New(string(answer.Data))
+		}
+		if err != nil && err.Error() == answerPark {
+			err = postrider.Park(err)
 		}
 		return err
 	}

@@ -79,6 +79,7 @@ func TestOrderedOverLostConnections(t *testing.T) {
 }
 
 func orderedOverReconnects(t *testing.T, rounds int, interrupt func(*cutter)) {
+	t.Helper()
 	srv := postridertest.NewNATS(t)
 	c := &cutter{}
 	t.Cleanup(c.close)

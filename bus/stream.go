@@ -28,7 +28,8 @@ type Stream struct {
 	// Topics are the addresses that the stream takes, with wildcards: "orders.>".
 	Topics []string
 
-	// MaxAge is how long messages are kept. Zero: as the stream is, a new one without end. Negative: without end.
+	// MaxAge is how long messages are kept. Zero: as the stream is, a new one without end. Negative: without end. A stream
+	// that has messages older than that is not changed, which would delete them: FailedPrecondition.
 	MaxAge time.Duration
 
 	// MaxBytes bounds the stream's size; a publish beyond it fails with ResourceExhausted rather than pushing out
@@ -138,6 +139,9 @@ func (b *Bus) declareConfig(ctx context.Context, want jetstream.StreamConfig, ke
 		if len(changes) == 0 || round > 0 && len(merged.Subjects) == len(have.Subjects) {
 			b.warn(merged)
 			return nil
+		}
+		if err := keepsMessages(info.CachedInfo(), merged); err != nil {
+			return fmt.Errorf("%s: %w", op, err)
 		}
 		if _, err := b.js.UpdateStream(ctx, merged); err != nil {
 			return refused(op+": change "+strings.Join(changes, ", "), err)
