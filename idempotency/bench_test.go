@@ -2,7 +2,11 @@ package idempotency
 
 import (
 	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -105,4 +109,56 @@ func BenchmarkDo(b *testing.B) {
 			must(b, env.pool.QueryRow(b.Context(), `select 1`).Scan(&one))
 		}
 	})
+}
+
+// instant is a store that costs nothing.
+type instant struct {
+	away
+
+	claim Claim
+}
+
+func (s instant) Claim(context.Context, string, []byte, time.Duration) (Claim, error) {
+	return s.claim, nil
+}
+
+func (instant) Complete(context.Context, string, int64, Outcome) error { return nil }
+
+// BenchmarkHTTP measures what the middleware adds to a handler, beside its store: a request of 1 KiB, a response of 1 KiB.
+func BenchmarkHTTP(b *testing.B) {
+	body := strings.Repeat("0123456789abcdef", 64)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		w.Header().Set("Content-Type", "text/plain")
+		_, _ = io.WriteString(w, body)
+	})
+	behind := func(c Claim) http.Handler {
+		mw, err := HTTP(instant{claim: c}, func(*http.Request) string { return "ada" }, HTTPConfig{})
+		must(b, err)
+		return mw(handler)
+	}
+	known := Claim{
+		Request: fingerprint(nil, []byte{0}, []byte(body)),
+		Outcome: &Outcome{
+			ContentType: wholeResponse,
+			Data:        formatResponse(200, http.Header{"Content-Type": {"text/plain"}}, []byte(body)),
+		},
+	}
+	for _, bm := range []struct {
+		name string
+		h    http.Handler
+	}{{"plain", handler}, {"first", behind(Claim{Fence: 1})}, {"known", behind(known)}} {
+		b.Run(bm.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				req := httptest.NewRequest(http.MethodPost, "/charges", strings.NewReader(body))
+				req.Header.Set(KeyHeader, `"8e03978e-40d5-43dd-bc93-6894a57f9324"`)
+				res := httptest.NewRecorder()
+				bm.h.ServeHTTP(res, req)
+				if res.Code != 200 || res.Body.Len() != len(body) {
+					b.Fatalf("status %d, %d bytes", res.Code, res.Body.Len())
+				}
+			}
+		})
+	}
 }

@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"net/http"
+	"net/http/httptest"
+	"strings"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/idempotency"
@@ -44,4 +47,40 @@ func ExampleDo() {
 	// r-1
 	// r-1
 	// ALREADY_EXISTS
+}
+
+// A client that did not hear the answer repeats its request.
+func ExampleHTTP() {
+	pool, done := connect(context.Background(), "")
+	defer done()
+	store, err := idempotency.New(pool, idempotency.Config{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	tenant := func(r *http.Request) string { return r.Header.Get("Tenant") } // a service takes what authentication found
+	once, err := idempotency.HTTP(store, tenant, idempotency.HTTPConfig{Required: true})
+	if err != nil {
+		log.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("POST /charges", once(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Println("  charged")
+		w.WriteHeader(http.StatusCreated)
+		fmt.Fprint(w, `{"number":"r-1"}`)
+	})))
+
+	for _, key := range []string{`"8e03978e"`, `"8e03978e"`, ""} {
+		req := httptest.NewRequest(http.MethodPost, "/charges", strings.NewReader(`{"cents":1999}`))
+		if key != "" {
+			req.Header.Set("Idempotency-Key", key)
+		}
+		res := httptest.NewRecorder()
+		mux.ServeHTTP(res, req)
+		fmt.Println(res.Code, res.Header().Get("Idempotent-Replayed"), res.Body)
+	}
+	// Output:
+	//   charged
+	// 201  {"number":"r-1"}
+	// 201 true {"number":"r-1"}
+	// 400  {"title":"Idempotency-Key is missing","status":400,"detail":"The Idempotency-Key is needed for this operation: a string such as \"8e03978e-40d5-43dd-bc93-6894a57f9324\"."}
 }

@@ -41,7 +41,9 @@ type task struct {
 	key     string
 	request []byte // its fingerprint
 	lease   time.Duration
-	wait    bool
+
+	wait     bool // for another who has the key
+	detached bool // the function's context does not end with the caller's
 }
 
 // do runs the function, or returns the outcome that it had before. An error of the function means: no outcome.
@@ -97,8 +99,11 @@ func (t *task) unclaimed(ctx context.Context, err error) error {
 
 // own runs the function as the owner of its key.
 func (t *task) own(ctx context.Context, fence int64, began time.Time, run func(context.Context) (Outcome, error)) (o Outcome, err error) {
-	work, lose := context.WithCancelCause(context.WithValue(ctx, fenceKey{}, fence))
 	after := context.WithoutCancel(ctx)
+	if t.detached {
+		ctx = after
+	}
+	work, lose := context.WithCancelCause(context.WithValue(ctx, fenceKey{}, fence))
 	renewing, stop := context.WithCancel(after)
 	stopped := make(chan struct{})
 	go func() {
