@@ -19,7 +19,7 @@ const (
 	sustained  kind = "sustained"  // so many writers as fast as they can, and the relay
 	idle       kind = "idle"       // the relay with nothing to do
 	handling   kind = "dedup"      // a handler that is idempotent, and the same without
-	remembered kind = "do"         // the same for a recorded answer
+	remembered kind = "do"         // the recorded answer of a key that was used before, and a SELECT by a key
 )
 
 const (
@@ -60,6 +60,7 @@ func allCells() []cell {
 		{sustained, 8},
 		{idle, 0},
 		{handling, 0},
+		{remembered, 0},
 	}
 }
 

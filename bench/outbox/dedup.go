@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"strconv"
+	"sync/atomic"
 
 	"github.com/jackc/pgx/v5"
 
@@ -9,12 +11,8 @@ import (
 	"github.com/postrider/postrider/idempotency"
 )
 
-// handlers returns an idempotent handler at work, each time on another message, and the same work without.
+// handlers returns what a cell compares.
 func (r *rider) handlers(ctx context.Context, run *cellRun) (with, without func() error, err error) {
-	work, err := run.prepare(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
 	if err := idempotency.Migrate(ctx, r.pool, ""); err != nil {
 		return nil, nil, err
 	}
@@ -22,35 +20,59 @@ func (r *rider) handlers(ctx context.Context, run *cellRun) (with, without func(
 	if err != nil {
 		return nil, nil, err
 	}
-	h := idempotency.Handler(store, "bench", r.topic, func(ctx context.Context, tx pgx.Tx, _ postrider.Event[order]) error {
+	if run.cell.kind == remembered {
+		return r.remembered(ctx, run, store)
+	}
+	return r.handling(ctx, run, store)
+}
+
+// handling returns an idempotent handler at work, each time on another message, and the same work without.
+func (r *rider) handling(ctx context.Context, run *cellRun, store *idempotency.Store) (with, without func() error, err error) {
+	work, err := run.prepare(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	once := idempotency.Handler(store, "bench", r.topic, func(ctx context.Context, tx pgx.Tx, _ postrider.Event[order]) error {
 		return work(ctx, tx)
 	})
-	message := func() (*postrider.Message, error) {
-		m, err := r.topic.Message(ctx, run.orders(1)[0])
-		if err != nil {
-			return nil, err
-		}
-		m.Source = source
-		return m, nil
-	}
-	with = func() error {
-		m, err := message()
-		if err != nil {
-			return err
-		}
-		_, err = h.Handle(ctx, m)
-		return err
-	}
 	plain := r.topic.Handler(func(ctx context.Context, _ postrider.Event[order]) error {
 		return pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error { return work(ctx, tx) })
 	})
-	without = func() error {
-		m, err := message()
-		if err != nil {
+	handle := func(h postrider.Handler) func() error {
+		return func() error {
+			m, err := r.topic.Message(ctx, run.orders(1)[0])
+			if err != nil {
+				return err
+			}
+			m.Source = source
+			_, err = h.Handle(ctx, m)
 			return err
 		}
-		_, err = plain.Handle(ctx, m)
+	}
+	return handle(once), handle(plain), nil
+}
+
+// remembered returns a Do whose key was used before, one of many, and a SELECT by a primary key.
+func (r *rider) remembered(ctx context.Context, run *cellRun, store *idempotency.Store) (with, without func() error, err error) {
+	method := postrider.NewMethod[order, order]("orders.v1/Place")
+	var next atomic.Int64
+	do := func() error {
+		n := next.Add(1) % keys
+		_, err := idempotency.Do(ctx, store, method, "key-"+strconv.FormatInt(n, 10), &order{Number: n}, func(context.Context, *order) (*order, error) {
+			return &order{Number: n, Pad: run.pad}, nil
+		})
 		return err
 	}
-	return with, without, nil
+	for range keys {
+		if err := do(); err != nil {
+			return nil, nil, err
+		}
+	}
+	_, err = r.pool.Exec(ctx, `create table answer (key text primary key, data text);
+		insert into answer select 'key-' || g, repeat('x', 256) from generate_series(0, 999) as g; analyze`)
+	return do, func() error {
+		var data string
+		key := "key-" + strconv.FormatInt(next.Add(1)%keys, 10)
+		return r.pool.QueryRow(ctx, `select data from answer where key = $1`, key).Scan(&data)
+	}, err
 }

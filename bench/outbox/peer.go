@@ -38,7 +38,7 @@ func (p peer) does(c cell) bool { return slices.Contains(p.kinds, c.kind) }
 func allPeers() []peer {
 	all := []kind{draining, latency, business, inserting, bulk, sustained, idle}
 	return []peer{
-		{name: "postrider", title: "Postrider", kinds: append([]kind{held, reading, handling}, all...), open: openPostrider},
+		{name: "postrider", title: "Postrider", kinds: append([]kind{held, reading, handling, remembered}, all...), open: openPostrider},
 		{name: "keyed", title: "Postrider, with keys", kinds: []kind{draining, business, inserting, bulk}, open: openKeyed},
 		{name: "watermill", title: "Watermill", kinds: append([]kind{held}, all...), open: openWatermill},
 		{name: "river", title: "River tuned", kinds: all, open: openRiverTuned},

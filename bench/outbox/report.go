@@ -21,7 +21,7 @@ func report(out io.Writer, p plan, results []result, took time.Duration) error {
 	t.write(&b, "Messages a second, for bulk, drain, insert, read and sustained; transactions a second for idle", t.rate,
 		draining, held, reading, inserting, bulk, sustained, idle)
 	t.write(&b, "Milliseconds from COMMIT to a subscriber, p50 / p99", t.delay, latency)
-	t.write(&b, "Transactions or handlers a second, and in brackets the ratio to the same without messages, or without memory", t.share,
+	t.write(&b, "Transactions or handlers a second, and in brackets the ratio to what they take turns with", t.share,
 		business, handling, remembered)
 	t.write(&b, "A message's bytes of WAL, dead row versions, and how many messages waited when the writers ended", t.traces, sustained)
 	t.write(&b, "CPU of the peer's process in µs a message, without PostgreSQL and nats-server", t.cost,
