@@ -44,7 +44,7 @@ func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	if err != nil {
 		return d.outbox.failed(ctx, "publish "+name(msgs), err)
 	}
-	d.outbox.poke()
+	poke(d.outbox.committed)
 	return nil
 }
 
@@ -169,7 +169,7 @@ func (t *deferred) Commit(ctx context.Context) error {
 		return err
 	}
 	for _, w := range t.waiting {
-		w.outbox.poke()
+		poke(w.outbox.committed)
 	}
 	return nil
 }

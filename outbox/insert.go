@@ -58,7 +58,7 @@ func (p publisher) Publish(ctx context.Context, msgs ...*postrider.Message) erro
 		e.Unprocessed = true // whatever became of the statement, it cannot commit any more
 		return e
 	}
-	p.outbox.poke()
+	poke(p.outbox.wake)
 	return nil
 }
 

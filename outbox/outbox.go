@@ -50,9 +50,11 @@ func (c Config) validate() error {
 
 // Outbox publishes in database transactions. It is immutable and safe for concurrent use.
 type Outbox struct {
-	cfg  Config
-	q    queries
-	wake chan struct{} // from Publish to the relay of this process
+	cfg Config
+	q   queries
+
+	// To the relay of this process: something will be committed soon, or has been.
+	wake, committed chan struct{}
 }
 
 // New returns the outbox of a schema. It does no I/O.
@@ -65,13 +67,14 @@ func New(cfg Config) (*Outbox, error) {
 	if err != nil {
 		return nil, fmt.Errorf("outbox: Config.Schema: %w", err)
 	}
-	return &Outbox{cfg: cfg, q: newQueries(schema), wake: make(chan struct{}, 1)}, nil
+	return &Outbox{cfg: cfg, q: newQueries(schema), wake: make(chan struct{}, 1), committed: make(chan struct{}, 1)}, nil
 }
 
-// poke makes the relay of this process look soon. It comes before the commit, hence the relay looks more than once.
-func (o *Outbox) poke() {
+// poke makes the relay of this process look soon, or at once if something is committed already. Before a commit the relay
+// looks more than once.
+func poke(relay chan<- struct{}) {
 	select {
-	case o.wake <- struct{}{}:
+	case relay <- struct{}{}:
 	default:
 	}
 }

@@ -16,7 +16,7 @@ const (
 	pollMin = 2 * time.Millisecond
 
 	// wakeDelay is from a Publish in this process to the look at the database: about the time to a commit, and long
-	// enough that many writers share a look.
+	// enough that many writers share a look. After a commit it is from one look to the next.
 	wakeDelay = time.Millisecond
 )
 
@@ -76,7 +76,14 @@ func (t *term) loop(stop context.Context) error {
 	defer tick.Stop()
 	poll := time.NewTimer(0)
 	defer poll.Stop()
-	due, interval, next := true, pollMin, time.Now()
+	due, interval, next, looked := true, pollMin, time.Now(), time.Now()
+	soon := func(d time.Duration) { // but never later than planned: wakes may be dense
+		interval = pollMin
+		if at := time.Now().Add(d); !due && at.Before(next) {
+			next = at
+			poll.Reset(d)
+		}
+	}
 
 	for stop.Err() == nil {
 		for due && t.inFlight < readAhead && stop.Err() == nil {
@@ -90,7 +97,8 @@ func (t *term) loop(stop context.Context) error {
 			if found == some { // what comes now can share a look
 				interval = pollMin
 			}
-			due, next = false, time.Now().Add(interval)
+			looked = time.Now()
+			due, next = false, looked.Add(interval)
 			poll.Reset(interval)
 			interval = min(2*interval, t.r.cfg.PollInterval)
 		}
@@ -105,10 +113,12 @@ func (t *term) loop(stop context.Context) error {
 		case <-poll.C:
 			due = true
 		case <-t.r.outbox.wake:
-			interval = pollMin
-			if at := time.Now().Add(wakeDelay); !due && at.Before(next) { // never later: wakes may be dense
-				next = at
-				poll.Reset(wakeDelay)
+			soon(wakeDelay)
+		case <-t.r.outbox.committed:
+			if wait := time.Until(looked.Add(wakeDelay)); wait > 0 {
+				soon(wait)
+			} else {
+				due, interval = true, pollMin
 			}
 		case <-tick.C:
 			if err := t.keepRing(); err != nil {

@@ -60,10 +60,18 @@ func (r *cellRun) orders(n int) []*order {
 	return all
 }
 
+// begins is what begins the peer's transactions.
+func (r *cellRun) begins() beginner {
+	if s, ok := r.session.(interface{ begins() beginner }); ok {
+		return s.begins()
+	}
+	return r.pool
+}
+
 // commit publishes n messages in a transaction of their own.
 func (r *cellRun) commit(ctx context.Context, n int) error {
 	orders := r.orders(n)
-	return pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error { return r.session.publish(ctx, tx, orders) })
+	return pgx.BeginFunc(ctx, r.begins(), func(tx pgx.Tx) error { return r.session.publish(ctx, tx, orders) })
 }
 
 // fill publishes a backlog.
@@ -226,7 +234,7 @@ func (r *cellRun) latency(ctx context.Context) (result, error) {
 		time.Sleep(time.Until(start.Add(time.Duration(n) * time.Second / pace)))
 		wg.Go(func() {
 			orders := r.orders(1)
-			errs[n] = pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error { return r.session.publish(ctx, tx, orders) })
+			errs[n] = pgx.BeginFunc(ctx, r.begins(), func(tx pgx.Tx) error { return r.session.publish(ctx, tx, orders) })
 			committed[orders[0].Number].Store(int64(time.Since(began)))
 		})
 	}

@@ -94,7 +94,7 @@ func (r *cellRun) business(ctx context.Context) (result, error) {
 	}
 	res, err := r.turns(func() error {
 		orders := r.orders(r.cell.n)
-		return pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error {
+		return pgx.BeginFunc(ctx, r.begins(), func(tx pgx.Tx) error {
 			if err := work(ctx, tx); err != nil {
 				return err
 			}

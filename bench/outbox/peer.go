@@ -39,6 +39,7 @@ func allPeers() []peer {
 	all := []kind{draining, latency, business, inserting, bulk, sustained, idle}
 	return []peer{
 		{name: "postrider", title: "Postrider", kinds: append([]kind{held, reading, handling, remembered}, all...), open: openPostrider},
+		{name: "deferred", title: "Postrider, with the COMMIT", kinds: []kind{latency, business, inserting, sustained}, open: openDeferred},
 		{name: "keyed", title: "Postrider, with keys", kinds: []kind{draining, business, inserting, bulk}, open: openKeyed},
 		{name: "watermill", title: "Watermill", kinds: append([]kind{held}, all...), open: openWatermill},
 		{name: "river", title: "River tuned", kinds: all, open: openRiverTuned},
@@ -66,6 +67,11 @@ type session interface {
 
 	// table is where published messages are until they are relayed; "" for none.
 	table() string
+}
+
+// beginner begins the transactions that messages are published in: the pool, or something of the session's.
+type beginner interface {
+	Begin(ctx context.Context) (pgx.Tx, error)
 }
 
 // createStream makes the stream as bus.Stream declares it; all peers work on the same.

@@ -27,6 +27,19 @@ func openKeyed(ctx context.Context, s site) (session, error) {
 	return openRider(ctx, s, postrider.KeyBy(func(o *order) string { return strconv.FormatInt(o.Number%keys, 10) }))
 }
 
+// openDeferred begins its transactions by the outbox, so that messages go with the COMMIT.
+func openDeferred(ctx context.Context, s site) (session, error) {
+	r, err := openRider(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	return deferred{r}, nil
+}
+
+type deferred struct{ *rider }
+
+func (d deferred) begins() beginner { return d.outbox.On(d.pool) }
+
 func openRider(ctx context.Context, s site, opts ...postrider.ContractOption) (*rider, error) {
 	r := &rider{site: s, topic: postrider.NewTopic[order](subject, opts...)}
 	if err := outbox.Migrate(ctx, s.pool, ""); err != nil {
