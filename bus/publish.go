@@ -27,13 +27,18 @@ var publishRetry = postrider.RetryPolicy{ //nolint:gochecknoglobals // a constan
 // FailedPrecondition (no stream takes the address), Unavailable and DeadlineExceeded (it may have been stored). With
 // several messages the error is a *[postrider.BatchError].
 func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
-	began := time.Now()
 	switch len(msgs) {
 	case 0:
 		return nil
 	case 1:
-		return b.publishOne(ctx, began, msgs[0])
+		return b.publishOne(ctx, time.Now(), msgs[0])
 	}
+	return b.publishAll(ctx, msgs, true)
+}
+
+// publishAll publishes messages in one attempt, or in as many as it takes.
+func (b *Bus) publishAll(ctx context.Context, msgs []*postrider.Message, again bool) error {
+	began := time.Now()
 	errs := make([]error, len(msgs))
 	entries := make([]*entry, 0, len(msgs))
 	index := make([]int, 0, len(msgs))
@@ -47,7 +52,13 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	}
 	ctx, cancel := context.WithDeadline(ctx, began.Add(b.cfg.PublishTimeout))
 	defer cancel()
-	for i, err := range b.publishAgain(ctx, entries, b.publishOnce(ctx, entries)) {
+	results := b.publishOnce(ctx, entries)
+	if again {
+		results = b.publishAgain(ctx, entries, results)
+	} else {
+		b.published(entries, results)
+	}
+	for i, err := range results {
 		errs[index[i]] = err
 	}
 	for _, err := range errs {
@@ -107,13 +118,18 @@ func (b *Bus) publishAgain(ctx context.Context, entries []*entry, errs []error) 
 		}
 		index = left
 	}
+	b.published(entries, errs)
+	return errs
+}
+
+// published takes leave of the entries that are stored.
+func (b *Bus) published(entries []*entry, errs []error) {
 	for i, e := range entries {
 		if errs[i] == nil {
 			b.stats.published.Add(1)
 			b.release(e)
 		}
 	}
-	return errs
 }
 
 // again says if a failed entry may be sent again: never without a message id once it may have been stored.

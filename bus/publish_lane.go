@@ -26,6 +26,7 @@ import (
 // a batch takes less time: what comes while a group is on its way is the next group.
 type lane struct {
 	pub        *publisher
+	name       string       // of the stream
 	atomic     bool         // the stream takes atomic batches, and they may pay
 	fast       bool         // the stream takes fast batches
 	partitions atomic.Int32 // of the stream
@@ -44,7 +45,11 @@ type lane struct {
 func newLane(p *publisher, cfg jetstream.StreamConfig) *lane {
 	// With replicas the Raft log groups the syncs by itself, and a fast batch would take a message for stored which another
 	// attempt has proposed and the replicas do not have yet.
-	l := &lane{pub: p, atomic: cfg.AllowAtomicPublish && cfg.Replicas <= 1, fast: cfg.AllowBatchPublish && cfg.Replicas <= 1 && !cfg.AllowMsgSchedules}
+	l := &lane{
+		pub: p, name: cfg.Name,
+		atomic: cfg.AllowAtomicPublish && cfg.Replicas <= 1,
+		fast:   cfg.AllowBatchPublish && cfg.Replicas <= 1 && !cfg.AllowMsgSchedules,
+	}
 	l.pace.batch.Store(int64(firstBatchTime))
 	return l
 }

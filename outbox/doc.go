@@ -20,7 +20,7 @@
 //
 // Every committed message is accepted by the relay's publisher at least once, or moved with its cause to the table
 // postrider_outbox_dead if the publisher refuses it for good. A message of a transaction that rolled back never is. After a
-// crash up to 100 ms of messages are sent a second time, with the same ids: NATS drops them within its duplicate window and
+// crash up to a second or two of messages are sent a second time, with the same ids: NATS drops them within its duplicate window and
 // package idempotency for as long as it remembers.
 //
 // # How it works
@@ -38,6 +38,15 @@
 // Sent rows stay for a while ([RelayConfig.Retain]) in a ring of three tables, which are truncated in turn once the written
 // cursor covers them. One relay leads by a lease with a fencing token; others wait. An idle relay reads one sequence and one
 // row two or three times a second. A Publish in the same process wakes it.
+//
+// # A broker that loses
+//
+// A broker may lose what it has accepted: nats-server syncs its files every two minutes unless sync_interval says otherwise, and a
+// stream may be deleted and created again. With bus.Bus as its publisher the relay writes down once a second where the
+// streams end, compares whenever the broker was away and every few seconds, and sends again, in its order, all that the tables
+// retain from where the broker is known to be whole: see [Tailer]. Hence Retain should be longer than the broker's sync
+// interval. What the broker still has are duplicates within its duplicate window. Messages that were put off (postrider.Delay)
+// are not followed to the broker's scheduler.
 //
 // # Operations
 //

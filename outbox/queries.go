@@ -12,6 +12,7 @@ type queries struct {
 	insertMany, insertManyKeyed                    string // the same
 	sequence, acquire, probe, plan, page, write    string // the relay's ordinary work
 	dead, adopt, adoptCursor                       string // what happens seldom
+	mark, marks, toMark, dropMarks                 string // what the broker had when
 	status, pause, resume                          string // for operators
 	ringState, ringLock, ringCovered, ringTruncate string // one slot of the ring; %d is its number
 	ringPeriodLock, ringPeriod, ringPeriodNote     string // another Retain
@@ -134,6 +135,24 @@ func newQueries(schema string) queries {
 			select o.id, o.at, o.topic, o.attributes, o.data, c.cause
 			from unnest($1::bigint[], $2::text[]) as c (id, cause) join :"schema".postrider_outbox as o on o.id = c.id
 			on conflict (id) do nothing`),
+
+		// Adds a mark, if the lease is still ours, and removes those that are $9 older. By the primary key.
+		mark: in(`
+			with old as (
+				delete from :"schema".postrider_outbox_mark where n < (select max(n) - $9 from :"schema".postrider_outbox_mark)
+			)
+			insert into :"schema".postrider_outbox_mark (prev, cur, last, floor, floors, tails)
+			select $3::text::pg_snapshot, nullif($4, '')::pg_snapshot, $5, $6, $7, $8
+			from :"schema".postrider_outbox_relay where fence = $1 and owner = $2`),
+		marks: in(`
+			select n, at, tails, prev::text, coalesce(cur::text, ''), last, floor, floors
+			from :"schema".postrider_outbox_mark order by n desc limit $1`),
+		// Puts the cursor back to a mark, and removes those behind it.
+		toMark: in(`
+			update :"schema".postrider_outbox_relay as r
+			set prev = m.prev, cur = m.cur, last = m.last, floor = m.floor, floors = m.floors
+			from :"schema".postrider_outbox_mark as m where fence = $1 and owner = $2 and n = $3`),
+		dropMarks: in(`delete from :"schema".postrider_outbox_mark where n > $1`),
 
 		// Makes the rows of another cluster, whose xids mean nothing here, rows of this transaction, and forgets the cursor.
 		// Both run under an exclusive lock of the outbox.

@@ -179,9 +179,9 @@ func (r *Relay) Run(ctx context.Context) error {
 			r.log.Log(ctx, level, msg, args...)
 		}
 	}
-	owner := ownerName()
+	owner, search := ownerName(), false
 	for attempt := 1; ctx.Err() == nil; attempt++ {
-		t, err := r.newTerm(ctx, owner)
+		t, err := r.newTerm(ctx, owner, search)
 		switch {
 		case errors.Is(err, postrider.FailedPrecondition):
 			return err
@@ -192,7 +192,8 @@ func (r *Relay) Run(ctx context.Context) error {
 		case err == nil:
 			say(slog.LevelInfo, "relay leads", "fence", t.fence)
 			began := time.Now()
-			if err = t.lead(ctx); time.Since(began) > r.cfg.LeaseTTL {
+			err = t.lead(ctx)
+			if search = errors.Is(err, errTailLost); time.Since(began) > r.cfg.LeaseTTL {
 				attempt = 1
 			}
 		}

@@ -42,12 +42,19 @@ func (t *term) lead(stop context.Context) error {
 		for p := range t.pages {
 			res := result{page: p, gaveUp: true}
 			if !gaveUp {
-				res = t.r.send(publishing, quit, p)
+				res = t.send(publishing, quit, p)
 			}
-			gaveUp = res.gaveUp
+			if gaveUp = res.gaveUp; !gaveUp {
+				t.tail.accepted(p)
+			}
 			t.results <- res
 		}
 	})
+
+	var watcher sync.WaitGroup
+	if t.tail != nil {
+		watcher.Go(func() { t.tail.run(t.ctx, func() { t.cancel(errTailLost) }) })
+	}
 
 	err := t.loop(stop)
 	if err == nil {
@@ -58,11 +65,18 @@ func (t *term) lead(stop context.Context) error {
 	cancelPublishing()
 	close(t.pages)
 	sender.Wait()
+	if t.tail != nil {
+		close(t.tail.jobs)
+		watcher.Wait()
+	}
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(stop), t.r.cfg.LeaseTTL)
 	defer cancel()
+	if err := t.lastMark(ctx); err != nil {
+		t.r.log.InfoContext(ctx, "no last mark: the next relay sends the last messages again", "error", err)
+	}
 	if err := t.write(ctx, true); err != nil {
 		t.r.log.WarnContext(ctx, "the lease was not given back: the next relay waits until it runs out", "error", err)
 	}
@@ -105,9 +119,14 @@ func (t *term) loop(stop context.Context) error {
 		if err := t.writeIfDue(); err != nil {
 			return err
 		}
+		t.askForMark()
 		select {
 		case res := <-t.results:
 			if err := t.settle(res); err != nil {
+				return err
+			}
+		case job := <-t.marks():
+			if err := t.mark(t.ctx, job); err != nil {
 				return err
 			}
 		case <-poll.C:
@@ -167,6 +186,7 @@ func (t *term) settle(res result) error {
 		}
 	}
 	t.done = res.page.after
+	t.tail.note(res)
 	t.unwritten += len(res.page.rows)
 	t.r.published.Add(uint64(len(res.page.rows) - len(res.dead)))
 	t.r.died.Add(uint64(len(res.dead)))

@@ -69,24 +69,26 @@ type term struct {
 	rate      float64   // messages a second, as written
 	ringSeen  time.Time // when the ring was looked at
 	ringError string    // the last one, to log it once
+
+	tail *tailWatch // nil: the publisher cannot tell what the broker has
 }
 
-// newTerm takes the lease. It returns nil if another relay has it.
-func (r *Relay) newTerm(ctx context.Context, owner string) (*term, error) {
+// newTerm takes the lease. It returns nil if another relay has it. With search it looks first for what the broker still has.
+func (r *Relay) newTerm(ctx context.Context, owner string, search bool) (*term, error) {
 	acquireCtx, cancel := context.WithTimeout(ctx, r.cfg.LeaseTTL)
 	defer cancel()
 	conn, err := r.pool.Acquire(acquireCtx)
 	if err != nil {
 		return nil, fmt.Errorf("outbox: connect: %w", err)
 	}
-	t, err := r.takeLease(ctx, conn, owner)
+	t, err := r.takeLease(ctx, conn, owner, search)
 	if t == nil {
 		conn.Release()
 	}
 	return t, err
 }
 
-func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string) (*term, error) {
+func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string, search bool) (*term, error) {
 	begun := time.Now()
 	queryCtx, cancel := context.WithTimeout(ctx, r.cfg.LeaseTTL)
 	defer cancel()
@@ -111,7 +113,17 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string)
 		if err := t.adopt(ctx); err != nil {
 			return nil, err
 		}
-		return r.takeLease(ctx, conn, owner)
+		return r.takeLease(ctx, conn, owner, false)
+	}
+	if tailer, ok := r.pub.(Tailer); ok {
+		tails, moved, err := t.goBack(queryCtx, tailer, s, search)
+		if err != nil {
+			return nil, err
+		}
+		if moved {
+			return r.takeLease(ctx, conn, owner, false)
+		}
+		t.tail = newTailWatch(tailer, r.log, tails)
 	}
 	if t.done, err = s.load(); err != nil {
 		return nil, fmt.Errorf("outbox: read cursor: %w", err)
@@ -148,6 +160,9 @@ func (t *term) adopt(ctx context.Context) error {
 	t.r.log.WarnContext(ctx, "the outbox comes from another database cluster: all that it retains is sent again")
 	err := pgx.BeginFunc(ctx, t.conn, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, t.r.outbox.q.adopt, pgx.QueryExecModeSimpleProtocol); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, t.r.outbox.q.dropMarks, 0); err != nil {
 			return err
 		}
 		tag, err := tx.Exec(ctx, t.r.outbox.q.adoptCursor, t.fence, t.owner)

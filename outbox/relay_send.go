@@ -29,7 +29,8 @@ const warnAfter = 3
 // send publishes a page until each message is accepted, or refused for good, or quit ends. Order per key: behind a
 // message that failed, those of the same key count as failed too, even if they were accepted; sent again after it they are
 // duplicates by their ids, while the consumer that was given them too early is told by none.
-func (r *Relay) send(ctx, quit context.Context, p page) result {
+func (t *term) send(ctx, quit context.Context, p page) result {
+	r := t.r
 	res := result{page: p}
 	pending := make([]row, 0, len(p.rows))
 	for _, row := range p.rows {
@@ -43,6 +44,14 @@ func (r *Relay) send(ctx, quit context.Context, p page) result {
 		if quit.Err() != nil {
 			return result{page: p, gaveUp: true}
 		}
+		if err := t.tail.look(ctx); errors.Is(err, errTailLost) {
+			t.cancel(err)
+			return result{page: p, gaveUp: true}
+		} else if err != nil {
+			r.fail(err)
+			_ = backoff.Wait(quit, retry(), attempt)
+			continue
+		}
 		var refused []refusal
 		var first error
 		began, tried := time.Now(), len(pending)
@@ -50,6 +59,7 @@ func (r *Relay) send(ctx, quit context.Context, p page) result {
 		res.dead = append(res.dead, refused...)
 		if first != nil {
 			r.fail(first)
+			t.tail.published(first)
 		}
 		if r.cfg.Metrics != nil {
 			now := time.Now()
@@ -103,14 +113,18 @@ func (r *Relay) publish(ctx context.Context, rows []row) []error {
 	for i, row := range rows {
 		msgs[i] = row.msg
 	}
-	err := r.pub.Publish(ctx, msgs...)
+	publish := r.pub.Publish
+	if tailer, ok := r.pub.(Tailer); ok {
+		publish = tailer.PublishOnce
+	}
+	err := publish(ctx, msgs...)
 	var batch *postrider.BatchError
 	if err == nil || len(rows) == 1 || errors.As(err, &batch) || postrider.Retryable(err) {
 		return postrider.PublishErrors(err, len(rows))
 	}
 	errs := make([]error, len(rows))
 	for i, m := range msgs {
-		if errs[i] = postrider.PublishErrors(r.pub.Publish(ctx, m), 1)[0]; postrider.Retryable(errs[i]) {
+		if errs[i] = postrider.PublishErrors(publish(ctx, m), 1)[0]; postrider.Retryable(errs[i]) {
 			for j := i + 1; j < len(errs); j++ {
 				errs[j] = errs[i]
 			}

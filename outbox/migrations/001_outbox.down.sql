@@ -1,3 +1,4 @@
+drop table :"schema".postrider_outbox_mark;
 drop table :"schema".postrider_outbox_log;
 drop table :"schema".postrider_outbox_dead;
 drop table :"schema".postrider_outbox_relay;

@@ -49,6 +49,19 @@ create table :"schema".postrider_outbox_relay (
 
 insert into :"schema".postrider_outbox_relay (system_id) select system_identifier from pg_control_system();
 
+-- Where the broker's streams ended when all up to a cursor was accepted, once a second at most: by them the relay finds
+-- out what a broker has lost, and goes back. They are kept as long as sent messages are.
+create table :"schema".postrider_outbox_mark (
+	n      bigint      primary key generated always as identity,
+	at     timestamptz not null default clock_timestamp(),
+	prev   pg_snapshot not null, -- the cursor, as above
+	cur    pg_snapshot,
+	last   bigint      not null,
+	floor  bigint      not null,
+	floors jsonb       not null,
+	tails  jsonb       not null  -- by stream
+);
+
 -- What the broker refused for good. To send a row again, insert its topic, attributes and data into the outbox.
 create table :"schema".postrider_outbox_dead (
 	id         bigint      primary key,

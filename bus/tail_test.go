@@ -1,0 +1,351 @@
+package bus_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/internal/devstack"
+	"github.com/postrider/postrider/outbox"
+	"github.com/postrider/postrider/postridertest"
+)
+
+var _ outbox.Tailer = (*bus.Bus)(nil)
+
+// fickle is a nats-server that can lose what it did not sync, an outbox, and a relay between them.
+type fickle struct {
+	t      *testing.T
+	dir    string
+	server *devstack.NATS
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	pool   *pgxpool.Pool
+	ob     *outbox.Outbox
+	bus    *bus.Bus
+	stop   func() error // of the relay
+	n      int          // notes published
+}
+
+var keyedNotes = postrider.NewTopic[note]("notes.keyedNotes.v1", postrider.KeyBy(func(n *note) string { return fmt.Sprint("key", n.N%3) })) //nolint:gochecknoglobals // constant
+
+func newFickle(t *testing.T) *fickle {
+	t.Helper()
+	f := &fickle{t: t, dir: filepath.Join(t.TempDir(), "store"), pool: postridertest.Postgres(t)}
+	var err error
+	if f.server, err = devstack.StartNATS(t.Context(), devstack.NATSConfig{StoreDir: f.dir, SyncDefault: true}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := f.server.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if f.nc, err = nats.Connect(f.server.URL, nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(f.nc.Close)
+	if f.js, err = jetstream.New(f.nc); err != nil {
+		t.Fatal(err)
+	}
+	if err := outbox.Migrate(t.Context(), f.pool, ""); err != nil {
+		t.Fatal(err)
+	}
+	if f.ob, err = outbox.New(outbox.Config{Source: "//test/notes"}); err != nil {
+		t.Fatal(err)
+	}
+	f.bus = newBus(t, f.nc)
+	f.start()
+	return f
+}
+
+func (f *fickle) start() {
+	f.t.Helper()
+	relay, err := outbox.NewRelay(f.pool, f.bus, outbox.RelayConfig{Outbox: f.ob, BatchSize: 20, Logger: postridertest.Logger(f.t)})
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.stop = run(f.t, relay)
+}
+
+// publish commits so many notes more, in transactions of ten.
+func (f *fickle) publish(count int) {
+	f.t.Helper()
+	for end := f.n + count; f.n < end; {
+		err := pgx.BeginFunc(f.t.Context(), f.pool, func(tx pgx.Tx) error {
+			for ; f.n%10 != 9 && f.n < end-1; f.n++ {
+				if err := keyedNotes.Publish(f.t.Context(), f.ob.In(tx), &note{N: f.n}); err != nil {
+					return err
+				}
+			}
+			f.n++
+			return keyedNotes.Publish(f.t.Context(), f.ob.In(tx), &note{N: f.n - 1})
+		})
+		if err != nil {
+			f.t.Fatal(err)
+		}
+	}
+}
+
+// notes returns the numbers of the notes that the stream holds, in its order.
+func (f *fickle) notes() ([]int, error) {
+	stream, err := f.js.Stream(f.t.Context(), "NOTES")
+	if err != nil {
+		return nil, err
+	}
+	var got []int
+	state := stream.CachedInfo().State
+	for sequence := max(state.FirstSeq, 1); sequence <= state.LastSeq; sequence++ {
+		msg, err := stream.GetMsg(f.t.Context(), sequence)
+		if err != nil {
+			return nil, err
+		}
+		var n int
+		if _, err := fmt.Sscanf(string(msg.Data), `{"n":%d}`, &n); err != nil {
+			return nil, err
+		}
+		got = append(got, n)
+	}
+	return got, nil
+}
+
+// wantAll waits until each note is in the stream once, and those of each key in their order.
+func (f *fickle) wantAll() {
+	f.t.Helper()
+	var got []int
+	postridertest.Eventually(f.t, func() (err error) {
+		if got, err = f.notes(); err != nil {
+			return err
+		}
+		if distinct := slices.Compact(slices.Sorted(slices.Values(got))); len(distinct) != f.n {
+			return fmt.Errorf("%d of %d notes are in the stream", len(distinct), f.n)
+		}
+		return nil
+	})
+	if len(got) != f.n {
+		f.t.Errorf("%d notes in the stream, want %d", len(got), f.n)
+	}
+	last := map[int]int{}
+	for _, n := range got {
+		if before, ok := last[n%3]; ok && n < before {
+			f.t.Fatalf("%d comes after %d: %v", n, before, got)
+		}
+		last[n%3] = n
+	}
+}
+
+// wantMark waits until it is written that the stream had so many notes.
+func (f *fickle) wantMark(sequence int) {
+	f.t.Helper()
+	postridertest.Eventually(f.t, func() error {
+		var there bool
+		err := f.pool.QueryRow(f.t.Context(), `select exists (select from postrider.postrider_outbox_mark where tails->>'NOTES' like $1)`,
+			fmt.Sprintf(`%%"sequence":%d,%%`, sequence)).Scan(&there)
+		if err == nil && !there {
+			err = errors.New("there is no mark")
+		}
+		return err
+	})
+}
+
+// keep copies the store as it is.
+func (f *fickle) keep() {
+	f.t.Helper()
+	postridertest.Eventually(f.t, func() error { // files come and go
+		return errors.Join(os.RemoveAll(f.dir+".kept"), os.CopyFS(f.dir+".kept", os.DirFS(f.dir)))
+	})
+}
+
+// lose has the server come back with the store that was kept.
+func (f *fickle) lose() {
+	f.t.Helper()
+	err := errors.Join(f.server.Stop(), os.RemoveAll(f.dir), os.Rename(f.dir+".kept", f.dir), f.server.Start(f.t.Context()))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	postridertest.Eventually(f.t, func() error {
+		if !f.nc.IsConnected() {
+			return errors.New("not connected")
+		}
+		_, err := f.js.Stream(f.t.Context(), "NOTES")
+		return err
+	})
+}
+
+// A server that does not sync loses the end of its stream, at a moment when that is written and at one when it is not yet.
+func TestRelaySendsAgainWhatAPowerCutHasLost(t *testing.T) {
+	t.Parallel()
+	for name, marked := range map[string]bool{"after a mark": true, "before a mark": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFickle(t)
+			f.publish(50)
+			f.wantAll()
+			f.wantMark(50)
+			f.keep()
+			for range 3 {
+				f.publish(30)
+				f.wantAll()
+				if marked {
+					f.wantMark(f.n)
+				}
+			}
+			f.lose()
+			f.publish(30) // which must not come before what was lost
+			f.wantAll()
+			f.publish(10)
+			f.wantAll()
+		})
+	}
+}
+
+// The relay is away when the server loses its end, and others have filled it again when the relay is back.
+func TestRelayIsNotDeceivedByNewSequences(t *testing.T) {
+	t.Parallel()
+	f := newFickle(t)
+	f.publish(20)
+	f.wantAll()
+	f.keep()
+	f.publish(10)
+	f.wantAll()
+	if err := f.stop(); err != nil {
+		t.Fatal(err)
+	}
+	f.lose()
+	for i := range 40 {
+		if _, err := f.js.Publish(t.Context(), "notes.other", fmt.Appendf(nil, `{"n":%d}`, 1000+i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.start()
+	postridertest.Eventually(t, func() error {
+		got, err := f.notes()
+		if err == nil && (len(got) != 70 || slices.Max(got[60:]) >= 1000) {
+			err = fmt.Errorf("the stream has %v", got)
+		}
+		return err
+	})
+}
+
+// All that is retained comes again when a stream is deleted and made again, by the relay itself, and nothing when it is
+// purged.
+func TestRelayAfterDeletionAndPurge(t *testing.T) {
+	t.Parallel()
+	f := newFickle(t)
+	f.publish(40)
+	f.wantAll()
+	f.wantMark(40)
+	if err := f.js.DeleteStream(t.Context(), "NOTES"); err != nil {
+		t.Fatal(err)
+	}
+	f.publish(10)
+	f.wantAll()
+	f.wantMark(50)
+
+	stream, err := f.js.Stream(t.Context(), "NOTES")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Purge(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.stop(); err != nil { // the next relay looks first
+		t.Fatal(err)
+	}
+	f.start()
+	f.publish(5)
+	postridertest.Eventually(t, func() error {
+		got, err := f.notes()
+		if err == nil && !slices.Equal(got, []int{50, 51, 52, 53, 54}) {
+			err = fmt.Errorf("after the purge the stream has %v", got)
+		}
+		return err
+	})
+	if err := f.stop(); err != nil {
+		t.Fatal(err)
+	}
+	f.start()
+	f.publish(1)
+	f.wantMark(56)
+	if got, err := f.notes(); err != nil || !slices.Equal(got, []int{50, 51, 52, 53, 54, 55}) {
+		t.Errorf("after another start: %v, %v", got, err)
+	}
+}
+
+func TestTailAndLost(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b, ctx := newBus(t, nc), t.Context()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(n int) {
+		t.Helper()
+		for i := range n {
+			if err := noted.Publish(ctx, b, &note{N: i}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	tail := func() map[string]string {
+		t.Helper()
+		tails, err := b.Tail(ctx, []string{"notes.written.v1", "notes.other", "replies.x"})
+		if err != nil || len(tails) != 1 || tails["NOTES"] == "" {
+			t.Fatalf("tails %v, %v", tails, err)
+		}
+		return tails
+	}
+	want := func(what string, tails map[string]string, lost ...string) {
+		t.Helper()
+		if got, err := b.Lost(ctx, tails); err != nil || !slices.Equal(got, lost) {
+			t.Errorf("%s: lost %q, %v, want %q", what, got, err, lost)
+		}
+	}
+	put(3)
+	three := tail()
+	want("now", three)
+	put(3)
+	six := tail()
+	want("with more behind it", three)
+	other := map[string]string{"NOTES": strings.Replace(three["NOTES"], `"sequence":3`, `"sequence":4`, 1)}
+	want("another message in its place", other, "NOTES")
+	want("the end is shorter", map[string]string{"NOTES": strings.Replace(six["NOTES"], `"sequence":6`, `"sequence":7`, 1)}, "NOTES")
+	stream, err := js.Stream(ctx, "NOTES")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.DeleteMsg(ctx, 3); err != nil {
+		t.Fatal(err)
+	}
+	want("the message was deleted", three)
+	if err := stream.Purge(ctx); err != nil {
+		t.Fatal(err)
+	}
+	want("purged", three)
+	want("purged, the end", six)
+	if err := js.DeleteStream(ctx, "NOTES"); err != nil {
+		t.Fatal(err)
+	}
+	want("a stream of somebody else that is missing", map[string]string{"GONE": strings.Replace(six["NOTES"], "notes.", "gone.", 1)})
+	want("deleted", six, "NOTES") // and declared again
+	want("once more", six, "NOTES")
+	want("the new one", tail())
+	if _, err := b.Lost(ctx, map[string]string{"NOTES": "x"}); !errors.Is(err, postrider.InvalidArgument) {
+		t.Errorf("no tail: %v", err)
+	}
+	if _, err := b.Tail(ctx, []string{"nobody.takes.this"}); !errors.Is(err, postrider.FailedPrecondition) {
+		t.Errorf("no stream: %v", err)
+	}
+}
