@@ -18,7 +18,7 @@ const (
 	bulk       kind = "bulk"       // transactions of so many messages, one writer
 	sustained  kind = "sustained"  // so many writers as fast as they can, and the relay
 	idle       kind = "idle"       // the relay with nothing to do
-	handling   kind = "dedup"      // a handler that is idempotent, and the same without
+	handling   kind = "dedup"      // a handler that is idempotent, of batches of so many, and one of single messages that is not
 	remembered kind = "do"         // the recorded answer of a key that was used before, and a SELECT by a key
 )
 
@@ -60,6 +60,7 @@ func allCells() []cell {
 		{sustained, 8},
 		{idle, 0},
 		{handling, 0},
+		{handling, 100},
 		{remembered, 0},
 	}
 }

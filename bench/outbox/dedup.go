@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"strconv"
 	"sync/atomic"
 
@@ -38,18 +39,42 @@ func (r *rider) handling(ctx context.Context, run *cellRun, store *idempotency.S
 	plain := r.topic.Handler(func(ctx context.Context, _ postrider.Event[order]) error {
 		return pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error { return work(ctx, tx) })
 	})
+	message := func() (*postrider.Message, error) {
+		m, err := r.topic.Message(ctx, run.orders(1)[0])
+		if err == nil {
+			m.Source = source
+		}
+		return m, err
+	}
 	handle := func(h postrider.Handler) func() error {
 		return func() error {
-			m, err := r.topic.Message(ctx, run.orders(1)[0])
-			if err != nil {
-				return err
+			m, err := message()
+			if err == nil {
+				_, err = h.Handle(ctx, m)
 			}
-			m.Source = source
-			_, err = h.Handle(ctx, m)
 			return err
 		}
 	}
-	return handle(once), handle(plain), nil
+	if run.cell.n == 0 {
+		return handle(once), handle(plain), nil
+	}
+	batched := idempotency.BatchHandler(store, "bench", r.topic, func(ctx context.Context, tx pgx.Tx, events []postrider.Event[order]) error {
+		b := &pgx.Batch{}
+		for sql, args := range run.statements(len(events)) {
+			b.Queue(sql, args...)
+		}
+		return tx.SendBatch(ctx, b).Close()
+	})
+	return func() error {
+		msgs := make([]*postrider.Message, run.cell.n)
+		for i := range msgs {
+			var err error
+			if msgs[i], err = message(); err != nil {
+				return err
+			}
+		}
+		return errors.Join(batched.HandleBatch(ctx, msgs)...)
+	}, handle(plain), nil
 }
 
 // remembered returns a Do whose key was used before, one of many, and a SELECT by a primary key.

@@ -26,7 +26,7 @@ type cellRun struct {
 	stream   jetstream.Stream
 	pad      string
 
-	numbers atomic.Int64 // given out
+	numbers, works atomic.Int64 // given out
 }
 
 func (r *cellRun) run(ctx context.Context) (result, error) {

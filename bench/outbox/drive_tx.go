@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -75,15 +77,37 @@ func (r *cellRun) prepare(ctx context.Context) (work func(context.Context, pgx.T
 		insert into account select g, 0 from generate_series(0, %d) g;
 		create table purchase (id bigint primary key, account int, note text);
 		analyze`, accounts-1))
-	var next atomic.Int64
 	return func(ctx context.Context, tx pgx.Tx) error {
-		i := next.Add(1)
-		if _, err := tx.Exec(ctx, `update account set due = due + 1 where id = $1`, i*7919%accounts); err != nil {
-			return err
+		for sql, args := range r.statements(1) {
+			if _, err := tx.Exec(ctx, sql, args...); err != nil {
+				return err
+			}
 		}
-		_, err := tx.Exec(ctx, `insert into purchase (id, account, note) values ($1, $2, $3)`, i, i*7919%accounts, r.pad)
-		return err
+		return nil
 	}, err
+}
+
+// statements are those of n pieces of work, the same ones for each: all UPDATEs first, in the order of their keys lest
+// transactions should run into a deadlock.
+func (r *cellRun) statements(n int) iter.Seq2[string, []any] {
+	ids, owners := make([]int64, n), make([]int64, n)
+	for i := range ids {
+		ids[i] = r.works.Add(1)
+		owners[i] = ids[i] * 7919 % accounts
+	}
+	slices.Sort(owners)
+	return func(yield func(string, []any) bool) {
+		for _, owner := range owners {
+			if !yield(`update account set due = due + 1 where id = $1`, []any{owner}) {
+				return
+			}
+		}
+		for i, id := range ids {
+			if !yield(`insert into purchase (id, account, note) values ($1, $2, $3)`, []any{id, owners[i], r.pad}) {
+				return
+			}
+		}
+	}
 }
 
 // business compares a transaction with messages with the same without.
@@ -251,5 +275,9 @@ func (r *cellRun) dedup(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	return r.turns(with, without)
+	res, err := r.turns(with, without)
+	if n := r.cell.n; n > 0 {
+		res.Messages, res.Rate = res.Messages*int64(n), res.Rate*float64(n)
+	}
+	return res, err
 }
