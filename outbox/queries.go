@@ -48,12 +48,13 @@ func newQueries(schema string) queries {
 
 		sequence: `select seqcache from pg_sequence where seqrelid = to_regclass($1)`,
 
-		// Takes the lease if it is free, has run out or is our own from a term that ended badly. One row by its key; waits
-		// for a concurrent write of it, that is a moment.
+		// Takes the lease if it is free, has run out or is our own from a term that ended badly. One that ends later than it
+		// can is from before the database's clock was set back: its holder, if it lives, is fenced. One row by its key;
+		// waits for a concurrent write of it, that is a moment.
 		acquire: in(`
 			update :"schema".postrider_outbox_relay
-			set owner = $1, fence = fence + 1, expires = clock_timestamp() + make_interval(secs => $2)
-			where expires < clock_timestamp() or owner = $1
+			set owner = $1, fence = fence + 1, expires = clock_timestamp() + make_interval(secs => $2), ttl = $2
+			where expires not between clock_timestamp() and clock_timestamp() + make_interval(secs => ttl) or owner = $1
 			returning fence, identity::text, period, system_id = (select system_identifier from pg_control_system()),
 				pg_postmaster_start_time(), prev::text, coalesce(cur::text, ''), last, floor, floors`),
 

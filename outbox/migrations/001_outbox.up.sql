@@ -33,6 +33,7 @@ create table :"schema".postrider_outbox_relay (
 	owner     text             not null default '',
 	fence     bigint           not null default 0,                 -- counts the terms
 	expires   timestamptz      not null default '-infinity',
+	ttl       double precision not null default 0,                 -- seconds, that expires is renewed by
 	prev      pg_snapshot      not null default '1:1:',            -- all rows that it sees are sent
 	cur       pg_snapshot,                                         -- of those that it sees ...
 	last      bigint           not null default 0,                 -- ... the ones up to this id are sent
