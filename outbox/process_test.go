@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"strings"
@@ -99,6 +100,7 @@ func relayProcess(config string) error {
 	}
 	relay, err := outbox.NewRelay(pool, t, outbox.RelayConfig{
 		Outbox: ob, LeaseTTL: cfg.TTL, Retain: cfg.Retain, BatchSize: cfg.BatchSize, PollInterval: 20 * time.Millisecond,
+		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)).With("pid", os.Getpid()),
 	})
 	if err != nil {
 		return err
