@@ -68,7 +68,7 @@ func isStd(path string) bool {
 // violations checks the import rules of the module:
 //   - the kernel links the standard library and codec only, and codec the standard library only;
 //   - bus, rpc, outbox, idempotency and saga link the kernel, codec and internal, and not each other;
-//   - bus and rpc do not link pgx; outbox, idempotency and saga do not link nats.go;
+//   - bus and rpc do not link pgx; outbox, idempotency and saga do not link nats.go, but idempotency/kvstore does;
 //   - nothing but cmd, examples, internal/devstack and postridertest links nats-server or a test library.
 func (g graph) violations() []string {
 	const natsServer, natsGo, pgx = "github.com/nats-io/nats-server", "github.com/nats-io/nats.go", "github.com/jackc/pgx"
@@ -89,7 +89,7 @@ func (g graph) violations() []string {
 				reason = "development servers are not for production code"
 			case under(pkg, "bus", "rpc") && under(dep, pgx):
 				reason = "a bus or rpc user needs no PostgreSQL"
-			case under(pkg, "outbox", "idempotency", "saga") && under(dep, natsGo):
+			case under(pkg, "outbox", "idempotency", "saga") && pkg != "idempotency/kvstore" && under(dep, natsGo):
 				reason = "a database user needs no NATS"
 			case !under(pkg, "cmd", "examples", "internal/devstack", "postridertest") && under(dep, natsServer, "go.uber.org/goleak", "testing"):
 				reason = "servers and test libraries stay out of production code"
@@ -124,21 +124,22 @@ func TestImportRulesAreEnforced(t *testing.T) {
 	const nats, pgx, server = "github.com/nats-io/nats.go", "github.com/jackc/pgx/v5/pgxpool", "github.com/nats-io/nats-server/v2/server"
 	good := func() graph {
 		return graph{
-			".":                 {"codec", "context", "encoding/json"},
-			"codec":             {"mime"},
-			"codec/protocodec":  {"codec", "google.golang.org/protobuf/proto"},
-			"internal/envelope": {".", "codec", "google.golang.org/protobuf/encoding/protowire"},
-			"internal/devstack": {server, "github.com/jackc/pgx/v5"},
-			"bus":               {".", "codec", "internal/envelope", nats},
-			"bus/micro":         {".", "bus", nats},
-			"rpc":               {".", "internal/envelope", nats},
-			"outbox":            {".", pgx},
-			"idempotency":       {".", pgx},
-			"saga":              {".", pgx},
-			"saga/sagatest":     {".", "saga", pgx},
-			"postridertest":     {".", "internal/devstack", server, "testing", "go.uber.org/goleak"},
-			"cmd/postrider":     {".", "bus", "outbox", "internal/devstack", server},
-			"examples/shop":     {".", "bus", "rpc", "outbox", "saga", "internal/devstack", server},
+			".":                   {"codec", "context", "encoding/json"},
+			"codec":               {"mime"},
+			"codec/protocodec":    {"codec", "google.golang.org/protobuf/proto"},
+			"internal/envelope":   {".", "codec", "google.golang.org/protobuf/encoding/protowire"},
+			"internal/devstack":   {server, "github.com/jackc/pgx/v5"},
+			"bus":                 {".", "codec", "internal/envelope", nats},
+			"bus/micro":           {".", "bus", nats},
+			"rpc":                 {".", "internal/envelope", nats},
+			"outbox":              {".", pgx},
+			"idempotency":         {".", pgx},
+			"idempotency/kvstore": {".", "idempotency", pgx, nats},
+			"saga":                {".", pgx},
+			"saga/sagatest":       {".", "saga", pgx},
+			"postridertest":       {".", "internal/devstack", server, "testing", "go.uber.org/goleak"},
+			"cmd/postrider":       {".", "bus", "outbox", "internal/devstack", server},
+			"examples/shop":       {".", "bus", "rpc", "outbox", "saga", "internal/devstack", server},
 		}
 	}
 	if bad := good().violations(); len(bad) > 0 {
@@ -166,6 +167,7 @@ func TestImportRulesAreEnforced(t *testing.T) {
 		{"outbox", nats + "/jetstream"},
 		{"idempotency", "outbox"},
 		{"idempotency", nats},
+		{"idempotency/kvstore", "bus"},
 		{"saga", "outbox"},
 		{"saga", nats},
 		{"saga/sagatest", "idempotency"},

@@ -29,16 +29,13 @@ type Records interface {
 	Release(ctx context.Context, key string, fence int64) error
 }
 
-// Claim is what [Records.Claim] found: one of the three.
+// Claim is what [Records.Claim] found. Without Fence and Outcome another has the key.
 type Claim struct {
 	// Fence is not zero when the caller is now the owner.
 	Fence int64
 
 	// Outcome is not nil when the request was completed before.
 	Outcome *Outcome
-
-	// Left is how much of the present owner's lease is left, if the store knows; an owner renews it. Else it is about the lease.
-	Left time.Duration
 
 	// Request is the fingerprint of the request that the key belongs to, unless the caller is the owner.
 	Request []byte

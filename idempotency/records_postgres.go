@@ -73,7 +73,6 @@ func (s *Store) claim(ctx context.Context, key string, request []byte, lease tim
 		c.Outcome = &o
 		return c, false, nil
 	case left > 0 || c.Request != nil && !bytes.Equal(c.Request, request):
-		c.Left = time.Duration(max(left, 0)) * time.Microsecond
 		return c, false, nil
 	}
 	err = s.pool.QueryRow(ctx, s.sql.takeRequest, key, request, lease.Microseconds(), fence).Scan(&fence)

@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -13,6 +14,9 @@ import (
 
 	"github.com/postrider/postrider/idempotency"
 )
+
+// patience bounds the wait for an answer. A store may not learn that it was lost.
+const patience = time.Second
 
 // event is one call and its answer. Times count from the beginning of the history.
 type event struct {
@@ -60,9 +64,11 @@ func historiesAreLinearizable(e *env) {
 }
 
 // do runs a call and writes it down.
-func (h *history) do(client int, c call, run func() (answer, error)) answer {
+func (h *history) do(client int, c call, run func(context.Context) (answer, error)) answer {
+	ctx, cancel := context.WithTimeout(h.env.Context(), patience)
+	defer cancel()
 	ev := event{call: c, client: client, asked: h.now()}
-	a, err := run()
+	a, err := run(ctx)
 	ev.answer, ev.heard = a, h.now()
 	switch {
 	case errors.Is(err, idempotency.ErrLost):
@@ -78,8 +84,8 @@ func (h *history) do(client int, c call, run func() (answer, error)) answer {
 
 // live claims a key once and, as its owner, does with it what comes to mind.
 func (h *history) live(rnd *rand.Rand, client int, key string) {
-	ctx, store := h.env.Context(), h.env.store
-	fence := h.do(client, call{verb: claims, key: key}, func() (answer, error) {
+	store := h.env.store
+	fence := h.do(client, call{verb: claims, key: key}, func(ctx context.Context) (answer, error) {
 		c, err := store.Claim(ctx, key, []byte("r"), short)
 		if c.Outcome != nil {
 			return answer{done: true, data: string(c.Outcome.Data)}, err
@@ -96,15 +102,15 @@ func (h *history) live(rnd *rand.Rand, client int, key string) {
 		switch n := rnd.IntN(20); {
 		case n < 8:
 			c.verb = releases
-			a = h.do(client, c, func() (answer, error) { return answer{}, store.Release(ctx, key, fence) })
+			a = h.do(client, c, func(ctx context.Context) (answer, error) { return answer{}, store.Release(ctx, key, fence) })
 		case n < 9:
 			c.verb, c.data = completes, fmt.Sprint(fence)
-			a = h.do(client, c, func() (answer, error) {
+			a = h.do(client, c, func(ctx context.Context) (answer, error) {
 				return answer{}, store.Complete(ctx, key, fence, idempotency.Outcome{Data: []byte(c.data)})
 			})
 		case n < 17:
 			c.verb = renews
-			a = h.do(client, c, func() (answer, error) { return answer{}, store.Renew(ctx, key, fence, short) })
+			a = h.do(client, c, func(ctx context.Context) (answer, error) { return answer{}, store.Renew(ctx, key, fence, short) })
 		case n < 19: // a stall that may outlive the lease
 			<-time.After(time.Duration(rnd.IntN(1500)) * time.Millisecond)
 			continue
