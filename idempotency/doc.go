@@ -66,7 +66,8 @@
 // refusal, and another request under the same key is refused. While it runs the key is leased; whoever comes meanwhile waits, and
 // takes over when the owner has died. A payment at a provider or a mail cannot commit with the record, so it happens
 // at least once: give the provider the key, or the fence ([FenceFromContext]). [DoTx] is the same for effects in the database, exactly once.
-// [HTTP] does it for the Idempotency-Key header of net/http handlers. The outcomes are kept in a [Records]: the [Store], or a NATS bucket (package kvstore).
+// [HTTP] does it for the Idempotency-Key header of net/http handlers, [Dedup] for any handler of messages. The outcomes are kept
+// in a [Records]: the [Store], or a NATS bucket (package kvstore).
 //
 // # What it is not for
 //
