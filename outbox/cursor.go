@@ -53,6 +53,12 @@ func (s snapshot) ended(later snapshot) []uint64 {
 	return ended
 }
 
+// sees reports whether the transaction had ended when s was taken.
+func (s snapshot) sees(xid uint64) bool {
+	_, open := slices.BinarySearch(s.xip, xid)
+	return xid < s.xmax && !open
+}
+
 // cursor is how far the outbox is read: all rows that prev sees, and of those that cur sees too the ones up to last.
 //
 // The floors say where the rows begin that prev does not see, so that a scan need not start at the beginning of the ring.

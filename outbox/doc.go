@@ -48,6 +48,11 @@
 // interval. What the broker still has are duplicates within its duplicate window. Messages that were put off (postrider.Delay)
 // are not followed to the broker's scheduler.
 //
+// # Logical replication
+//
+// With [RelayConfig.Logical] the server pushes what is committed to the relay, where wal_level and rights allow it, and the relay reads the
+// tables where they do not. What is promised is the same, and no replication slot outlives its relay; see [LogicalConfig].
+//
 // # Operations
 //
 // [Outbox.Status] tells from the database what waits, for how long, who sends it and what went wrong last; [Outbox.Pause] and

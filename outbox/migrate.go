@@ -3,6 +3,7 @@ package outbox
 import (
 	"context"
 	"embed"
+	"fmt"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -24,9 +25,17 @@ func Migrate(ctx context.Context, pool *pgxpool.Pool, schema string) error {
 	return migrate.Run(ctx, pool, schemaOrDefault(schema), line, migrations)
 }
 
-// MigrateDown drops the tables of an outbox, with all messages that are not sent yet. No relay may run.
+// MigrateDown drops the tables of an outbox, with all messages that are not sent yet, and the publication that a relay with
+// [LogicalConfig] made. No relay may run.
 func MigrateDown(ctx context.Context, pool *pgxpool.Pool, schema string) error {
-	return migrate.Down(ctx, pool, schemaOrDefault(schema), line, migrations)
+	schema = schemaOrDefault(schema)
+	if err := migrate.Down(ctx, pool, schema, line, migrations); err != nil {
+		return err
+	}
+	if _, err := pool.Exec(ctx, newFeedQueries(schema).unpublish); err != nil {
+		return fmt.Errorf("outbox: drop publication: %w", err)
+	}
+	return nil
 }
 
 // MigrateSQL returns what Migrate does to a database without an outbox, as a script for another tool.

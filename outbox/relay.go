@@ -47,6 +47,9 @@ type RelayConfig struct {
 	// [Relay.Stats] has is to be asked for. Nil: nobody is told.
 	Metrics func(ctx context.Context, a Attempt)
 
+	// Logical lets messages come by logical replication where that can be had, instead of reading the tables. Off by default.
+	Logical LogicalConfig
+
 	// Logger is told of changes of state and of messages that go to the dead letters. Nil is silent.
 	Logger *slog.Logger
 }
@@ -61,6 +64,7 @@ func (c RelayConfig) withDefaults() RelayConfig {
 	set(&c.LeaseTTL, 3*time.Second)
 	set(&c.Retain, 5*time.Minute)
 	set(&c.DrainTimeout, 10*time.Second)
+	c.Logical = c.Logical.withDefaults()
 	if c.BatchSize == 0 {
 		c.BatchSize = 1000
 	}
@@ -85,7 +89,7 @@ func (c RelayConfig) validate() error {
 	case c.DrainTimeout < 0:
 		return postrider.Errorf(bad, "outbox: RelayConfig.DrainTimeout is %v: want a positive duration", c.DrainTimeout)
 	default:
-		return nil
+		return c.Logical.validate()
 	}
 }
 
@@ -98,7 +102,10 @@ type Relay struct {
 	cfg    RelayConfig
 	log    *slog.Logger
 
+	feedQueries feedQueries
+
 	leading         atomic.Bool
+	logical         atomic.Bool
 	published, died atomic.Uint64
 	depth           atomic.Int64
 	oldest          atomic.Int64 // Unix nanoseconds by our clock, 0: none
@@ -115,7 +122,8 @@ func NewRelay(pool *pgxpool.Pool, pub postrider.Publisher, cfg RelayConfig) (*Re
 	}
 	return &Relay{
 		outbox: cfg.Outbox, pool: pool, pub: pub, cfg: cfg,
-		log: cfg.Logger.With("component", "outbox", "schema", cfg.Outbox.cfg.Schema),
+		log:         cfg.Logger.With("component", "outbox", "schema", cfg.Outbox.cfg.Schema),
+		feedQueries: newFeedQueries(cfg.Outbox.cfg.Schema),
 	}, nil
 }
 
@@ -140,6 +148,9 @@ type Stats struct {
 	// Leading says that this relay is the one that sends. Depth and Lag are zero where it is not.
 	Leading bool
 
+	// Logical says that messages come by logical replication now.
+	Logical bool
+
 	// Published and Dead count the messages that this relay has sent and moved to the dead letters.
 	Published, Dead uint64
 
@@ -153,7 +164,7 @@ type Stats struct {
 
 // Stats returns the figures as of now, without I/O.
 func (r *Relay) Stats() Stats {
-	s := Stats{Leading: r.leading.Load(), Published: r.published.Load(), Dead: r.died.Load()}
+	s := Stats{Leading: r.leading.Load(), Logical: r.logical.Load(), Published: r.published.Load(), Dead: r.died.Load()}
 	if s.Leading {
 		s.Depth = r.depth.Load()
 		if at := r.oldest.Load(); at != 0 {

@@ -70,21 +70,31 @@ func (t *term) read() (sight, error) {
 		p.upTo = t.highest
 		p.after = c.finish()
 	}
+	t.hand(p)
+	return found, nil
+}
+
+// hand gives a page to the sender.
+func (t *term) hand(p page) {
 	if t.inFlight == 0 {
 		t.r.oldest.Store(p.since)
 	}
 	t.reading, t.behind = p.after, p.since
 	t.inFlight++
 	t.pages <- p // never blocks: there is room for all that may be in flight
-	return found, nil
 }
 
 // probe takes a snapshot and the highest number, and looks if the outbox is paused.
 func (t *term) probe() (snapshot, error) {
+	return t.look(t.conn.QueryRow(t.ctx, t.r.outbox.q.probe))
+}
+
+// look reads the answer of a probe, and what it has beside.
+func (t *term) look(answer pgx.Row, beside ...any) (snapshot, error) {
 	var text string
 	var highest int64
 	var started, now time.Time
-	err := t.conn.QueryRow(t.ctx, t.r.outbox.q.probe).Scan(&text, &highest, &started, &now, &t.paused)
+	err := answer.Scan(append([]any{&text, &highest, &started, &now, &t.paused}, beside...)...)
 	if err != nil {
 		return snapshot{}, fmt.Errorf("outbox: take snapshot: %w", err)
 	}

@@ -57,10 +57,12 @@ func (t *term) lead(stop context.Context) error {
 	}
 
 	err := t.loop(stop)
+	t.endFeed()
 	if err == nil {
 		err = t.drain(cancelPublishing)
 	}
 	t.cancel(err)
+	t.closeFeed()
 	cancelQuit()
 	cancelPublishing()
 	close(t.pages)
@@ -92,6 +94,9 @@ func (t *term) loop(stop context.Context) error {
 	defer poll.Stop()
 	due, interval, next, looked := true, pollMin, time.Now(), time.Now()
 	soon := func(d time.Duration) { // but never later than planned: wakes may be dense
+		if t.feeding.feed != nil { // which tells by itself
+			return
+		}
 		interval = pollMin
 		if at := time.Now().Add(d); !due && at.Before(next) {
 			next = at
@@ -100,6 +105,17 @@ func (t *term) loop(stop context.Context) error {
 	}
 
 	for stop.Err() == nil {
+		if err := t.follow(); err != nil {
+			return err
+		}
+		if due && t.feeding.feed != nil {
+			pause, err := t.checkFeed()
+			if err != nil {
+				return err
+			}
+			due, interval, next = false, pollMin, time.Now().Add(pause)
+			poll.Reset(pause)
+		}
 		for due && t.inFlight < readAhead && stop.Err() == nil {
 			found, err := t.read()
 			if err != nil {
@@ -115,6 +131,9 @@ func (t *term) loop(stop context.Context) error {
 			due, next = false, looked.Add(interval)
 			poll.Reset(interval)
 			interval = min(2*interval, t.r.cfg.PollInterval)
+			if err := t.seekFeed(); err != nil {
+				return err
+			}
 		}
 		if err := t.writeIfDue(); err != nil {
 			return err
@@ -131,15 +150,19 @@ func (t *term) loop(stop context.Context) error {
 			}
 		case <-poll.C:
 			due = true
+		case <-t.feeding.came():
+		case o := <-t.feeding.opened:
+			t.startFeed(o)
 		case <-t.r.outbox.wake:
 			soon(wakeDelay)
 		case <-t.r.outbox.committed:
-			if wait := time.Until(looked.Add(wakeDelay)); wait > 0 {
+			if wait := time.Until(looked.Add(wakeDelay)); wait > 0 || t.feeding.feed != nil {
 				soon(wait)
 			} else {
 				due, interval = true, pollMin
 			}
 		case <-tick.C:
+			t.keepFeed()
 			if err := t.keepRing(); err != nil {
 				return err
 			}

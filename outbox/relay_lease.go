@@ -71,6 +71,8 @@ type term struct {
 	ringError string    // the last one, to log it once
 
 	tail *tailWatch // nil: the publisher cannot tell what the broker has
+
+	feeding feeding // logical replication
 }
 
 // newTerm takes the lease. It returns nil if another relay has it. With search it looks first for what the broker still has.
@@ -230,6 +232,7 @@ func smooth(rate float64, n uint64, in time.Duration) float64 {
 
 // The SQLSTATEs that mean something to the relay.
 const (
+	duplicateObject = "42710"
 	undefinedTable  = "42P01"
 	undefinedSchema = "3F000"
 	lockUnavailable = "55P03"
