@@ -112,8 +112,8 @@ func (s *Store) do(
 	}
 	request := key.fingerprint(method, m)
 	fresh := false
-	t, err := s.begin(ctx, s.sql.lockTimeout, func(b *pgx.Batch) {
-		b.Queue(s.sql.act, key.text, request).Exec(func(tag pgconn.CommandTag) error {
+	t, err := s.begin(ctx, func(b *pgx.Batch) {
+		b.Queue(s.sql.act, s.sql.lockTimeout, key.text, request).Exec(func(tag pgconn.CommandTag) error {
 			fresh = tag.RowsAffected() == 1
 			return nil
 		})
@@ -192,8 +192,8 @@ func (s *Store) undo(ctx context.Context, method string, m *postrider.Message, r
 	var row barrierRow
 	nulled := false
 	// The claim waits for an action that has not ended: then it either finds its row or bars it.
-	t, err := s.begin(ctx, s.sql.lockTimeout, func(b *pgx.Batch) {
-		b.Queue(s.sql.null, key.text).Exec(func(tag pgconn.CommandTag) error {
+	t, err := s.begin(ctx, func(b *pgx.Batch) {
+		b.Queue(s.sql.null, s.sql.lockTimeout, key.text).Exec(func(tag pgconn.CommandTag) error {
 			nulled = tag.RowsAffected() == 1
 			return nil
 		})

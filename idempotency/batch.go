@@ -153,11 +153,14 @@ func (b *batch) refuse(todo []claim, errs []error) []claim {
 func (b *batch) try(ctx context.Context, todo []claim, lockTimeout string) (left []claim, separable bool, err error) {
 	s := b.store
 	var fresh []claim
-	t, err := s.beginClaim(ctx, b.op, lockTimeout, func(q *pgx.Batch) {
-		q.Queue(s.sql.claimAll, sortedKeys(todo)).Query(func(rows pgx.Rows) (err error) {
+	t, err := s.beginClaim(ctx, b.op, func(q *pgx.Batch) {
+		q.Queue(s.sql.claimAll, lockTimeout, sortedKeys(todo)).Query(func(rows pgx.Rows) (err error) {
 			fresh, err = among(todo, rows)
 			return err
 		})
+		if lockTimeout != s.sql.lockTimeout {
+			q.Queue(s.sql.wait, s.sql.lockTimeout)
+		}
 	}, func() (err error) {
 		todo, err = b.createPartitions(ctx, todo)
 		return err

@@ -37,6 +37,11 @@
 // then delayed. When the connection breaks during COMMIT nobody knows the outcome: the error is retryable and the row
 // tells the next delivery.
 //
+// What it costs, in messages per second of eight handlers at once that update one row each, as a ratio to the same with no
+// inbox, two cores for all (BenchmarkRatio): [Handler] 0.88 on a server that syncs its commits and 0.97 on one that does not;
+// [BatchHandler] with 100 at a time and one statement for all of them 9 and 3.5, with a statement for each in one flight 6.4
+// and 1.9.
+//
 // # The inbox
 //
 // The key of a row is 16 bytes: 48 bits of the message's own time, then a hash of consumer, source and id. Every copy of
@@ -66,7 +71,8 @@
 // refusal, and another request under the same key is refused. While it runs the key is leased; whoever comes meanwhile waits, and
 // takes over when the owner has died. A payment at a provider or a mail cannot commit with the record, so it happens
 // at least once: give the provider the key, or the fence ([FenceFromContext]). [DoTx] is the same for effects in the database, exactly once.
-// [HTTP] does it for the Idempotency-Key header of net/http handlers. The outcomes are kept in a [Records]: the [Store], or a NATS bucket (package kvstore).
+// [HTTP] does it for the Idempotency-Key header of net/http handlers, [Dedup] for any handler of messages. The outcomes are kept
+// in a [Records]: the [Store], or a NATS bucket (package kvstore).
 //
 // # What it is not for
 //

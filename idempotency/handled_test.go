@@ -22,7 +22,7 @@ func TestHandled(t *testing.T) {
 	must(t, err)
 	defer held.Rollback(t.Context())
 	must(t, pgx.BeginFunc(t.Context(), held, func(tx pgx.Tx) error {
-		_, err := tx.Exec(t.Context(), s.sql.claim, inboxKey("billing", second))
+		_, err := tx.Exec(t.Context(), s.sql.claim, s.sql.lockTimeout, inboxKey("billing", second))
 		return err
 	}))
 	for consumer, want := range map[string][]bool{"billing": {false, true, true, false}, "mailer": {false, false, false, false}} {

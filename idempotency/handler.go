@@ -40,8 +40,8 @@ func (s *Store) once(ctx context.Context, consumer string, m *postrider.Message,
 		return err
 	}
 	fresh := false
-	t, err := s.beginClaim(ctx, op, s.sql.lockTimeout, func(b *pgx.Batch) {
-		b.Queue(s.sql.claim, key).Exec(func(tag pgconn.CommandTag) error {
+	t, err := s.beginClaim(ctx, op, func(b *pgx.Batch) {
+		b.Queue(s.sql.claim, s.sql.lockTimeout, key).Exec(func(tag pgconn.CommandTag) error {
 			fresh = tag.RowsAffected() == 1
 			return nil
 		})
@@ -77,10 +77,8 @@ func (s *Store) admitEvent(op, consumer string, m *postrider.Message) (pgtype.UU
 
 // beginClaim opens a transaction and claims keys in the same flight; create makes the partitions that they turn out to lack. The
 // caller ends it.
-func (s *Store) beginClaim(
-	ctx context.Context, op, lockTimeout string, queue func(*pgx.Batch), create func() error,
-) (*tx, error) {
-	t, err := s.begin(ctx, lockTimeout, queue)
+func (s *Store) beginClaim(ctx context.Context, op string, queue func(*pgx.Batch), create func() error) (*tx, error) {
+	t, err := s.begin(ctx, queue)
 	// The first message of its day. More than once, because a committed partition can be seen in the catalog a moment
 	// before the sessions are told to forget that it was missing.
 	for range 5 {
@@ -90,7 +88,7 @@ func (s *Store) beginClaim(
 		if err := create(); err != nil {
 			return nil, err
 		}
-		t, err = s.begin(ctx, lockTimeout, queue)
+		t, err = s.begin(ctx, queue)
 	}
 	if err != nil {
 		return nil, s.beginError(ctx, op, err)

@@ -1,23 +1,32 @@
 package idempotency
 
 import (
-	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/postrider/postrider/internal/migrate"
 )
 
+// waiting sets, for the rest of the transaction, how long a statement waits for a lock, $1, in milliseconds. It is part of the
+// statement that claims, and so takes less than SET LOCAL before it: a tenth of what the whole claim does.
+const waiting = ` from set_config('lock_timeout', $1, true) `
+
 // The statements of a handler's transaction. Each of them finds its row by the primary key.
 const (
 	// Waits for a transaction that has inserted the same key and not ended. No row affected: a duplicate.
-	claimSQL = `insert into :"schema".postrider_inbox (k) values ($1) on conflict do nothing`
+	claimSQL = `insert into :"schema".postrider_inbox (k) select $2::uuid` + waiting + `on conflict do nothing`
 
-	// The same for many, in the order of $1, and tells which are new.
-	claimAllSQL = `insert into :"schema".postrider_inbox (k) select unnest($1::uuid[]) on conflict do nothing returning k`
+	// The same for many, in the order of $2, and tells which are new.
+	claimAllSQL = `insert into :"schema".postrider_inbox (k) select k` + waiting + `cross join unnest($2::uuid[]) as k
+		on conflict do nothing returning k`
 
 	// The same for the barrier: an action claims its key as done, a compensation as nulled.
-	actSQL  = `insert into :"schema".postrider_barrier (key, state, request) values ($1, 1, $2) on conflict do nothing`
-	nullSQL = `insert into :"schema".postrider_barrier (key, state) values ($1, 3) on conflict do nothing`
+	actSQL = `insert into :"schema".postrider_barrier (key, state, request) select $2::text, 1, $3::bytea` + waiting + `
+		on conflict do nothing`
+	nullSQL = `insert into :"schema".postrider_barrier (key, state) select $2::text, 3` + waiting + `on conflict do nothing`
+
+	// After a claim that was to wait less than the handler is.
+	waitSQL = `select` + waiting
 
 	// What is there of some keys. For who looks from outside: a handler that asked first would know nothing sooner.
 	handledSQL = `select k from :"schema".postrider_inbox where k = any($1::uuid[])`
@@ -96,9 +105,9 @@ const (
 type statements struct {
 	schema string // quoted
 
-	lockTimeout, briefLockTimeout string
+	lockTimeout, briefLockTimeout string // in milliseconds
 
-	claim, claimAll, handled, act, null, read, lock, answer, undone          string
+	claim, claimAll, handled, act, null, wait, read, lock, answer, undone    string
 	claimRequest, takeRequest, renewRequest, completeRequest, releaseRequest string
 	state, raise, now, lease, partition, list                                string
 	sweepUntimed, sweepBarrier, sweepRequest                                 string
@@ -106,15 +115,14 @@ type statements struct {
 
 func newStatements(schema string, lockTimeout time.Duration) statements {
 	in := func(sql string) string { return migrate.In(schema, sql) }
-	ms := max(lockTimeout.Milliseconds(), 0)
+	ms := func(d time.Duration) string { return strconv.FormatInt(max(d.Milliseconds(), 0), 10) }
 	return statements{
 		schema: schema,
 
-		lockTimeout:      fmt.Sprintf("set local lock_timeout = %d", ms),
-		briefLockTimeout: fmt.Sprintf("set local lock_timeout = %d", min(ms, briefLock.Milliseconds())),
+		lockTimeout: ms(lockTimeout), briefLockTimeout: ms(min(lockTimeout, briefLock)),
 
 		claim: in(claimSQL), claimAll: in(claimAllSQL), handled: in(handledSQL),
-		act: in(actSQL), null: in(nullSQL), read: in(readSQL), lock: in(lockSQL),
+		act: in(actSQL), null: in(nullSQL), wait: waitSQL, read: in(readSQL), lock: in(lockSQL),
 		answer: in(answerSQL), undone: in(undoneSQL),
 
 		claimRequest: in(claimRequestSQL), takeRequest: in(takeRequestSQL), renewRequest: in(renewRequestSQL),

@@ -2,6 +2,7 @@ package idempotency
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"time"
@@ -21,8 +22,8 @@ const (
 	settleTimeout = 5 * time.Second
 	settleTries   = 3
 
-	// askAgain is what a caller is told whose key is in use. How long the work still takes nobody knows.
-	askAgain = time.Second
+	// defaultAskAgain is what a caller is told whose key is in use. How long the work still takes nobody knows.
+	defaultAskAgain = time.Second
 )
 
 // polling is how a caller waits for another one.
@@ -42,8 +43,9 @@ type task struct {
 	request []byte // its fingerprint
 	lease   time.Duration
 
-	wait     bool // for another who has the key
-	detached bool // the function's context does not end with the caller's
+	wait     bool          // for another who has the key
+	askAgain time.Duration // what one is told who does not wait
+	detached bool          // the function's context does not end with the caller's
 }
 
 // do runs the function, or returns the outcome that it had before. An error of the function means: no outcome.
@@ -79,7 +81,7 @@ func (t *task) do(ctx context.Context, run func(context.Context) (Outcome, error
 // busy makes the error of a caller whose key is in use. cause is nil, or why it does not wait any longer.
 func (t *task) busy(cause error) error {
 	e := &postrider.Error{
-		Code: postrider.Aborted, Op: t.op, Err: cause, RetryAfter: askAgain,
+		Code: postrider.Aborted, Op: t.op, Err: cause, RetryAfter: cmp.Or(t.askAgain, defaultAskAgain),
 		Msg: "a request with the same idempotency key is being handled right now",
 	}
 	if cause != nil {
@@ -187,7 +189,7 @@ func (t *task) complete(ctx context.Context, fence int64, o Outcome) error {
 
 func (t *task) lost(err error) error {
 	return &postrider.Error{
-		Code: postrider.Aborted, Op: t.op, Err: err, RetryAfter: askAgain,
+		Code: postrider.Aborted, Op: t.op, Err: err, RetryAfter: defaultAskAgain,
 		Msg: "the lease of the key was lost to another caller: the outcome of this run is not written down, ask again for that of the other",
 	}
 }

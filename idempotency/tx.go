@@ -46,9 +46,8 @@ type tx struct {
 	misuse error // what a handler did that must not be committed
 }
 
-// begin opens a transaction and sends what claim queues in the same flight, which waits for locks as lockTimeout says. The
-// caller ends it.
-func (s *Store) begin(ctx context.Context, lockTimeout string, claim func(*pgx.Batch)) (*tx, error) {
+// begin opens a transaction and sends what claim queues in the same flight. The caller ends it.
+func (s *Store) begin(ctx context.Context, claim func(*pgx.Batch)) (*tx, error) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return nil, err
@@ -56,11 +55,7 @@ func (s *Store) begin(ctx context.Context, lockTimeout string, claim func(*pgx.B
 	var b pgx.Batch
 	// Not the session's default: in REPEATABLE READ the claim would fail where here it sees the other copy's row.
 	b.BeginTx(pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
-	b.Queue(lockTimeout)
 	claim(&b)
-	if lockTimeout != s.sql.lockTimeout {
-		b.Queue(s.sql.lockTimeout) // for the handler
-	}
 	results := conn.SendBatch(ctx, &b)
 	t := &tx{Tx: results.Tx(), conn: conn}
 	if err := results.Close(); err != nil {
@@ -81,12 +76,16 @@ func (s *Store) commit(ctx context.Context, t *tx, n int, finish func(*pgx.Batch
 	case 'E':
 		return postrider.Errorf(postrider.Internal, "the handler returned nil after a statement failed: it must return the error")
 	}
-	var b pgx.Batch
-	if finish != nil {
+	var err error
+	if finish == nil {
+		err = t.Tx.Commit(ctx)
+	} else {
+		var b pgx.Batch
 		finish(&b)
+		b.Queue("commit")
+		err = t.conn.SendBatch(ctx, &b).Close()
 	}
-	b.Queue("commit")
-	if err := t.conn.SendBatch(ctx, &b).Close(); err != nil {
+	if err != nil {
 		return err
 	}
 	s.handled.Add(int64(n))

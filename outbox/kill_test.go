@@ -7,9 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -24,20 +22,6 @@ import (
 	"github.com/postrider/postrider/outbox"
 	"github.com/postrider/postrider/postridertest"
 )
-
-// number is a setting of a long run, from the environment.
-func number(t testing.TB, env string, normally int) int {
-	t.Helper()
-	text := os.Getenv(env)
-	if text == "" {
-		return normally
-	}
-	n, err := strconv.Atoi(text)
-	if err != nil {
-		t.Fatalf("%s: %v", env, err)
-	}
-	return n
-}
 
 // scene is a database with an outbox and a ledger, streams, and processes that relay from the one to the other.
 type scene struct {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -178,6 +179,20 @@ func (t *trap) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryE
 	if point, ok := ctx.Value(t).(string); ok {
 		t.reach(point)
 	}
+}
+
+// number is a setting of a long run, from the environment.
+func number(t testing.TB, env string, normally int) int {
+	t.Helper()
+	text := os.Getenv(env)
+	if text == "" {
+		return normally
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatalf("%s: %v", env, err)
+	}
+	return n
 }
 
 // process is such a process as its test sees it.
