@@ -35,6 +35,7 @@ const (
 	ExtDeliverAt      = "deliverat"      // when a message is to be delivered, if not at once
 	ExtExpiryTime     = "expirytime"     // when a message loses its meaning (CloudEvents extension "Expiry Time")
 	ExtSchedule       = "schedule"       // the schedule that a recurring message comes from
+	ExtRedrive        = "redrive"        // on a message that is published once more on purpose: tells this time from others
 )
 
 // Message is one CloudEvent 1.0: its attributes as fields, its extensions as a small sorted slice, its data as bytes.

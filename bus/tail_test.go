@@ -349,3 +349,23 @@ func TestTailAndLost(t *testing.T) {
 		t.Errorf("no stream: %v", err)
 	}
 }
+
+// What is published once more on purpose is no duplicate to the server, unless it is by the same purpose.
+func TestRedriveIsNoDuplicate(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b, ctx := newBus(t, nc), t.Context()
+	for _, redrive := range []string{"", "", "a", "b", "a"} {
+		m := &postrider.Message{ID: "1", Type: "notes.written.v1"}
+		if err := m.SetExtension(postrider.ExtRedrive, redrive); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Publish(ctx, m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tails, err := b.Tail(ctx, []string{"notes.written.v1"})
+	if err != nil || !strings.Contains(tails["NOTES"], `"sequence":3,`) {
+		t.Errorf("%v, %v, want three messages", tails, err)
+	}
+}

@@ -117,9 +117,13 @@ func (b *Bus) encodeTo(e *entry, m *postrider.Message, subject string) {
 }
 
 // messageID is what the server knows a message by. A "#" may stand in source and id; only the last one parts them, lest
-// //a#b with the id c be taken for //a with the id b#c.
+// //a#b with the id c be taken for //a with the id b#c. What is published once more on purpose is another message to the server.
 func messageID(m *postrider.Message) string {
-	return envelope.Escape(m.Source) + "#" + strings.ReplaceAll(envelope.Escape(m.ID), "#", "%23")
+	id := envelope.Escape(m.Source) + "#" + strings.ReplaceAll(envelope.Escape(m.ID), "#", "%23")
+	if again := m.Extension(postrider.ExtRedrive); again != "" {
+		id += "#" + strings.ReplaceAll(envelope.Escape(again), "#", "%23")
+	}
+	return id
 }
 
 // format is how a message carries its events.

@@ -138,7 +138,7 @@ func (b *broker) Publish(_ context.Context, msgs ...*postrider.Message) error {
 }
 
 func (b *broker) accept(m *postrider.Message) {
-	id := m.Source + " " + m.ID
+	id := m.Source + " " + m.ID + m.Extension(postrider.ExtRedrive)
 	if b.seen[id] {
 		b.repeated++
 		return

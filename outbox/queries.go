@@ -14,6 +14,8 @@ type queries struct {
 	dead, adopt, adoptCursor                       string // what happens seldom
 	mark, marks, toMark, dropMarks                 string // what the broker had when
 	status, pause, resume                          string // for operators
+	deadList, deadTake                             string // the same
+	resendEnd, resendRows, resendNote              string // the same
 	ringState, ringLock, ringCovered, ringTruncate string // one slot of the ring; %d is its number
 	ringPeriodLock, ringPeriod, ringPeriodNote     string // another Retain
 	auditLock, auditBegin, auditRows, auditFind    string // for who looks
@@ -120,6 +122,38 @@ func newQueries(schema string) queries {
 				array[pg_total_relation_size(':"schema".postrider_outbox_0'), pg_total_relation_size(':"schema".postrider_outbox_1'),
 					pg_total_relation_size(':"schema".postrider_outbox_2')]
 			from r, (select count(*) as n, min(at) as oldest from waiting) as w`),
+
+		// Dead letters that a filter selects, a page of them by the primary key.
+		deadList: in(`
+			select id, at, topic, attributes, data, cause, died_at from :"schema".postrider_outbox_dead
+			where ($1 = '' or topic ~ $1) and strpos(cause, $2) > 0
+				and ($3::timestamptz is null or at >= $3) and ($4::timestamptz is null or at < $4) and id > $5
+			order by id limit $6`),
+		// Takes dead letters away and notes who did it. Locks them; who comes second finds none.
+		deadTake: in(`
+			with gone as (
+				delete from :"schema".postrider_outbox_dead where id = any($1::bigint[])
+				returning id, at, topic, attributes, data, cause, died_at
+			), noted as (
+				insert into :"schema".postrider_outbox_log (done, by, why, messages, letter, topic, attributes, cause)
+				select $2, $3, $4, 1, id, topic, attributes, cause from gone order by id
+			)
+			select * from gone order by id`),
+
+		// What was sent and is retained still, a page by the index on id. It keeps the ring from being truncated meanwhile.
+		resendEnd: in(`
+			select identity::text, (select last_value from :"schema".postrider_outbox_seq) from :"schema".postrider_outbox_relay`),
+		resendRows: in(`
+			select id, at, topic, attributes, data from :"schema".postrider_outbox as o
+			where ($1 = '' or topic ~ $1) and $2::text is not null
+				and ($3::timestamptz is null or at >= $3) and ($4::timestamptz is null or at < $4) and id > $5
+				and (pg_visible_in_snapshot(xid, (select prev from :"schema".postrider_outbox_relay))
+					or pg_visible_in_snapshot(xid, (select cur from :"schema".postrider_outbox_relay))
+						and id <= (select last from :"schema".postrider_outbox_relay))
+				and id <= $7 and not exists (select from :"schema".postrider_outbox_dead as d where d.id = o.id)
+			order by id limit $6`),
+		resendNote: in(`
+			insert into :"schema".postrider_outbox_log (done, by, why, topic, messages) values ('resend', $1, $2, $3, $4)`),
 
 		// One row by its key. The relay reads it with its next poll.
 		pause: in(`

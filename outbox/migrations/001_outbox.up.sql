@@ -63,7 +63,7 @@ create table :"schema".postrider_outbox_mark (
 	tails  jsonb       not null  -- by stream
 );
 
--- What the broker refused for good. To send a row again, insert its topic, attributes and data into the outbox.
+-- What the broker refused for good.
 create table :"schema".postrider_outbox_dead (
 	id         bigint      primary key,
 	at         timestamptz not null,
@@ -76,9 +76,14 @@ create table :"schema".postrider_outbox_dead (
 
 -- What operators did. Rows are never removed by the library.
 create table :"schema".postrider_outbox_log (
-	n    bigint      primary key generated always as identity,
-	at   timestamptz not null default clock_timestamp(),
-	done text        not null, -- pause, resume
-	by   text        not null,
-	why  text        not null
+	n          bigint      primary key generated always as identity,
+	at         timestamptz not null default clock_timestamp(),
+	done       text        not null, -- pause, resume, replay, discard, resend
+	by         text        not null,
+	why        text        not null,
+	messages   integer,              -- how many were taken
+	letter     bigint,               -- the number of the dead letter
+	topic      text,                 -- its own, or the filter's
+	attributes bytea,
+	cause      text
 );
