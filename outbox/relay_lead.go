@@ -16,8 +16,12 @@ const (
 	pollMin = 2 * time.Millisecond
 
 	// wakeDelay is from a Publish in this process to the look at the database: about the time to a commit, and long
-	// enough that many writers share a look. After a commit it is from one look to the next.
+	// enough that many writers share a look.
 	wakeDelay = time.Millisecond
+
+	// lookGap is the least time between two looks that found something, for the same reason. A look takes about as long,
+	// and a shorter timer may take a millisecond.
+	lookGap = 250 * time.Microsecond
 )
 
 var errServerRestarted = errors.New("outbox: the database server was restarted")
@@ -125,10 +129,9 @@ func (t *term) loop(stop context.Context) error {
 				continue
 			}
 			if found == some { // what comes now can share a look
-				interval = pollMin
+				interval, looked = pollMin, time.Now()
 			}
-			looked = time.Now()
-			due, next = false, looked.Add(interval)
+			due, next = false, time.Now().Add(interval)
 			poll.Reset(interval)
 			interval = min(2*interval, t.r.cfg.PollInterval)
 			if err := t.seekFeed(); err != nil {
@@ -156,7 +159,7 @@ func (t *term) loop(stop context.Context) error {
 		case <-t.r.outbox.wake:
 			soon(wakeDelay)
 		case <-t.r.outbox.committed:
-			if wait := time.Until(looked.Add(wakeDelay)); wait > 0 || t.feeding.feed != nil {
+			if wait := time.Until(looked.Add(lookGap)); wait > 0 || t.feeding.feed != nil {
 				soon(wait)
 			} else {
 				due, interval = true, pollMin
