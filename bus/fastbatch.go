@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -112,10 +113,10 @@ func (l *lane) fastBatch(ctx context.Context, entries []*entry) (settled int, pa
 	case f.code == errFastOff, f.code == errFastMax:
 	case lost == nil && f.stored >= f.failed-1:
 		settled, lost = f.failed, f.err
-	case lost == nil:
-		lost = &postrider.Error{
-			Code: postrider.Unavailable, Op: "bus: publish", Err: f.err, Msg: "the server gave up the batch: it may have been stored",
-		}
+	case lost == nil && !postrider.Retryable(f.err) && !slices.ContainsFunc(entries[:f.failed-1], (*entry).isNameless):
+		return l.refusedAlone(ctx, entries, f.failed-1, f.err)
+	case lost == nil: // it may be tried again, whatever f.err is
+		lost = postrider.Errorf(postrider.Unavailable, "bus: publish: the server gave up the batch, it may have been stored: %v", f.err)
 		fallthrough
 	default:
 		for i, e := range entries {
@@ -145,6 +146,24 @@ func (l *lane) fastBatch(ctx context.Context, entries []*entry) (settled int, pa
 		return len(entries), lost
 	}
 	return settled, nil
+}
+
+// refusedAlone ends a batch of which the server refused one entry for good as it would a single message, one too large for the
+// stream: then it says nothing about those before it, which it may have stored. They are sent again; it knows their ids.
+func (l *lane) refusedAlone(ctx context.Context, entries []*entry, n int, refusal error) (settled int, passing error) {
+	if n > 0 {
+		if settled, passing = l.fastBatch(ctx, entries[:n]); settled < n {
+			return settled, passing
+		}
+	}
+	l.finish(entries[n], refusal)
+	if passing != nil {
+		for _, e := range entries[n+1:] { // must not overtake
+			l.finish(e, unsent(passing))
+		}
+		return len(entries), passing
+	}
+	return n + 1, nil
 }
 
 // send sends entries, with a window, and waits for the end of the batch. It returns how many went out, and an error if the

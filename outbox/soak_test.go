@@ -110,7 +110,7 @@ func TestBloat(t *testing.T) {
 	pool, ob := setup(t)
 	cfg := quick(ob)
 	if cfg.Retain = 300 * time.Millisecond; long {
-		cfg.Retain = 10 * time.Second
+		cfg.Retain = 5 * time.Second
 	}
 	var out sink
 	relay, _ := start(t, pool, &out, cfg)
@@ -147,19 +147,14 @@ func TestBloat(t *testing.T) {
 		})
 	}
 	var after sizes
-	for range 2 { // a long period is more than Eventually waits for
-		postridertest.Eventually(t, func() error {
-			if after = sizesOf(t, pool); long && time.Since(began) < poured+2*cfg.Retain || after.table <= base.table && after.index <= base.index {
-				return nil
-			}
+	postridertest.Eventually(t, func() error {
+		if after = sizesOf(t, pool); after.table > base.table || after.index > base.index {
 			return fmt.Errorf("sizes %+v, at the beginning they were %+v", after, base)
-		})
-	}
+		}
+		return nil
+	})
 	stop()
 	t.Logf("%d messages in %v; sizes at the beginning %+v, at the end %+v, largest table %d", n, poured, base, after, largest)
-	if after.table > base.table || after.index > base.index {
-		t.Errorf("sizes %+v, at the beginning they were %+v", after, base)
-	}
 	if dead > 0 || after.dead > 0 {
 		t.Errorf("there were %d dead rows", dead)
 	}
@@ -182,7 +177,7 @@ func TestBrokerDownForLong(t *testing.T) {
 	srv := postridertest.NewNATS(t)
 	b := newBus(t, srv.Connect())
 	cfg := quick(ob)
-	cfg.LeaseTTL, cfg.Retain = 0, 500*time.Millisecond
+	cfg.LeaseTTL, cfg.Retain = 30*time.Second, 500*time.Millisecond // a busy machine costs no lease
 	relay, _ := start(t, pool, b, cfg)
 	publish(t, pool, ob, message("first", ""))
 	sent := func(want int) {

@@ -1,0 +1,119 @@
+//go:build unix
+
+package outbox_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider/outbox"
+	"github.com/postrider/postrider/postridertest"
+)
+
+// The broker goes and comes, again and again, in the middle of batches. It runs only with POSTRIDER_TEST_RESTARTS, the number
+// of times: a nats-server that is shut down while it works leaves goroutines of its stores behind, now and then.
+func TestBrokerRestartsUnderLoad(t *testing.T) {
+	t.Parallel()
+	restarts := number(t, "POSTRIDER_TEST_RESTARTS", 0)
+	if restarts == 0 {
+		t.Skip("POSTRIDER_TEST_RESTARTS is not set")
+	}
+	s := newScene(t)
+	s.start(func(*processConfig) {}).await("leads")
+	stop := s.write(4)
+	for range restarts {
+		s.awaitStored(s.stored() + 50)
+		s.nats.Stop()
+		var committed int
+		if err := s.pool.QueryRow(t.Context(), `select count(*) from ledger`).Scan(&committed); err != nil {
+			t.Fatal(err)
+		}
+		wantRows(t, s.pool, fmt.Sprintf(`(select from ledger offset %d limit 1) as t`, committed+50), 1) // a backlog
+		s.nats.Start()
+	}
+	stop()
+	s.verify()
+}
+
+// Slots are emptied and filled again beside transactions that are longer than several turns of the ring: nothing is lost,
+// and without a crash nothing is sent twice.
+func TestRotationBesideLongTransactions(t *testing.T) {
+	t.Parallel()
+	pool, ob := proofSetup(t)
+	b := &broker{}
+	cfg := quick(ob)
+	cfg.Retain, cfg.BatchSize = 100*time.Millisecond, 20
+	start(t, pool, b, cfg)
+	wantRows(t, pool, "postrider.postrider_outbox_relay where period = 0.1", 1)
+	writeLoad(t, pool, ob)
+	wantRows(t, pool, "postrider.postrider_outbox", 0)
+	lost, ghosts, wrongOrder := audit(b.copy(), ledger(t, pool))
+	if lost > 0 || ghosts > 0 || len(wrongOrder) > 0 || b.repeated > 0 {
+		t.Errorf("%d lost, %d that were rolled back, order broken of %q, %d repeated", lost, ghosts, wrongOrder, b.repeated)
+	}
+	wantRows(t, pool, `pg_class where relname ~ '^postrider_outbox_[012]$' and relfilenode <> oid`, 3)
+}
+
+// Messages that the broker will never take, for three reasons, among good ones of their key and others: they go to the dead
+// letters with the cause, and nothing else is held up, lost or out of order.
+func TestPoisonAmongGoodMessages(t *testing.T) {
+	t.Parallel()
+	pool, ob := setup(t)
+	ctx, nc := t.Context(), postridertest.NATS(t)
+	b := newBus(t, nc)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := js.Stream(ctx, "ORDERS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	limited := stream.CachedInfo().Config
+	limited.MaxMsgSize = 4096
+	if _, err := js.UpdateStream(ctx, limited); err != nil {
+		t.Fatal(err)
+	}
+	msgs := messages(120)
+	for i, m := range msgs {
+		m.Extensions = message("", fmt.Sprint("key", i%3)).Extensions
+	}
+	msgs[10].Data = make([]byte, 8000)
+	msgs[11].Data = make([]byte, 8000)
+	msgs[60].Topic = "nowhere.v1"
+	publish(t, pool, ob, msgs...)
+	if _, err := pool.Exec(ctx, `update postrider.postrider_outbox set attributes = '\xffff' where id = 91`); err != nil {
+		t.Fatal(err)
+	}
+	relay, _ := start(t, pool, b, quick(ob))
+	postridertest.Eventually(t, func() error {
+		if s := relay.Stats(); s.Published != 116 || s.Dead != 4 {
+			return fmt.Errorf("stats %+v", s)
+		}
+		return nil
+	})
+	var report *outbox.AuditReport
+	postridertest.Eventually(t, func() error { // until the cursor is written
+		if report = wantAudit(t, pool, ob, auditOf(ctx, b)); report.InFlight.Count > 0 {
+			return errors.New(report.String())
+		}
+		return nil
+	})
+	if !report.OK() || report.Delivered != 116 || report.Dead.Count != 4 || report.Dead.Examples[0].Number != 11 {
+		t.Error(report)
+	}
+	for number, cause := range map[int]string{11: "size", 12: "size", 61: "nowhere.v1", 91: ""} {
+		var text string
+		if err := pool.QueryRow(ctx, `select cause from postrider.postrider_outbox_dead where id = $1`, number).Scan(&text); err != nil {
+			t.Fatal(err)
+		}
+		if text == "" || !strings.Contains(text, cause) {
+			t.Errorf("number %d died of %q", number, text)
+		}
+	}
+}
