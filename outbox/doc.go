@@ -61,6 +61,11 @@
 // it; [Outbox.Resend] publishes again what was sent and is retained. Who did what, and why, is in the table
 // postrider_outbox_log.
 //
+// # Many schemas
+//
+// An outbox is a schema, in as many of which as a database has tenants. [Relays] serves all of them with a few connections.
+// Names of schemas are lower-case letters, digits and "_", so that they mean the same quoted and not.
+//
 // # SQL writers
 //
 // Whatever may INSERT may publish; topic and data are enough:

@@ -105,6 +105,7 @@ type Relay struct {
 	feedQueries feedQueries
 
 	leading         atomic.Bool
+	brief           bool // Run returns when another relay leads, or there is nothing more to send
 	logical         atomic.Bool
 	published, died atomic.Uint64
 	depth           atomic.Int64
@@ -197,15 +198,25 @@ func (r *Relay) Run(ctx context.Context) error {
 		case errors.Is(err, postrider.FailedPrecondition):
 			return err
 		case err == nil && t == nil:
+			if r.brief {
+				return nil
+			}
 			say(slog.LevelInfo, "another relay leads, waiting to take over")
 			attempt = 0
 			wait(ctx, r.cfg.PollInterval)
 		case err == nil:
-			say(slog.LevelInfo, "relay leads", "fence", t.fence)
+			level := slog.LevelInfo
+			if r.brief {
+				level = slog.LevelDebug
+			}
+			say(level, "relay leads", "fence", t.fence)
 			began := time.Now()
 			err = t.lead(ctx)
 			if search = errors.Is(err, errTailLost); time.Since(began) > r.cfg.LeaseTTL {
 				attempt = 1
+			}
+			if err == nil && r.brief {
+				return nil
 			}
 		}
 		if err != nil && ctx.Err() == nil {

@@ -142,6 +142,9 @@ func (t *term) loop(stop context.Context) error {
 			return err
 		}
 		t.askForMark()
+		if t.r.brief && t.rests() {
+			return nil
+		}
 		select {
 		case res := <-t.results:
 			if err := t.settle(res); err != nil {
@@ -157,8 +160,10 @@ func (t *term) loop(stop context.Context) error {
 		case o := <-t.feeding.opened:
 			t.startFeed(o)
 		case <-t.r.outbox.wake:
+			t.busy = time.Now()
 			soon(wakeDelay)
 		case <-t.r.outbox.committed:
+			t.busy = time.Now()
 			if wait := time.Until(looked.Add(lookGap)); wait > 0 || t.feeding.feed != nil {
 				soon(wait)
 			} else {
@@ -175,6 +180,14 @@ func (t *term) loop(stop context.Context) error {
 		}
 	}
 	return nil
+}
+
+// rests says if there is nothing to do, as it is written, and was nothing for a while: outboxNews would not find anything.
+func (t *term) rests() bool {
+	if t.inFlight > 0 || t.unwritten > 0 || time.Since(t.busy) < rest {
+		return false
+	}
+	return t.paused || t.done.scan == nil && t.reading.scan == nil && t.highest <= t.done.floor
 }
 
 // drain waits for the pages in flight: one that is being published is finished, one behind it is given up.
@@ -212,6 +225,9 @@ func (t *term) settle(res result) error {
 		}
 	}
 	t.done = res.page.after
+	if len(res.page.rows) > 0 {
+		t.busy = time.Now()
+	}
 	t.tail.note(res)
 	t.unwritten += len(res.page.rows)
 	t.r.published.Add(uint64(len(res.page.rows) - len(res.dead)))

@@ -62,6 +62,7 @@ type term struct {
 	skew    time.Duration // our clock less the server's
 	behind  int64         // page.since of the last page in flight
 	paused  bool          // nothing more is to be read
+	busy    time.Time     // when there was something to do
 
 	written   time.Time // when the cursor was
 	unwritten int       // messages done since
@@ -131,6 +132,7 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string,
 		return nil, fmt.Errorf("outbox: read cursor: %w", err)
 	}
 	t.reading, t.floor, t.settled, t.noted = t.done, t.done.floor, t.done.floor, r.published.Load()
+	t.busy = begun
 	t.written = begun.Add(-writeInterval) // the first page is written down at once: terms may be short
 	t.ctx, t.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	t.expiry = time.AfterFunc(t.left(begun), func() { t.cancel(errLeaseLost) })
