@@ -338,3 +338,73 @@ func deadLettersAreSelectedAndDiscarded(e *env) {
 	}
 	e.letters(b, 0)
 }
+
+func deadLettersAreEditedAndLogged(e *env) {
+	b := e.open()
+	var mended journal
+	e.must(b.Subscribe(written.Handler(func(_ context.Context, ev postrider.Event[note]) error {
+		if ev.Value.N < 100 {
+			return postrider.Errorf(postrider.NotFound, "no reader %d", ev.Value.N)
+		}
+		mended.add(ev)
+		return nil
+	}), bus.Concurrency(1)))
+	e.run(b)
+	e.publish(b, numbered(1, 3)...)
+	letters, d := e.letters(b, 3), e.DeadLetters(b)
+	mend := func(m *postrider.Message) error {
+		repaired, err := written.Message(e.Context(), &note{N: 107})
+		m.Data = repaired.Data
+		return err
+	}
+	for name, c := range map[string]struct {
+		change func(m *postrider.Message) error
+		action bus.Action
+		want   postrider.Code
+	}{
+		"another topic": {func(m *postrider.Message) error { m.Topic = "conformance.read.v1"; return nil }, operator, postrider.InvalidArgument},
+		"no id":         {func(m *postrider.Message) error { m.ID = ""; return nil }, operator, postrider.InvalidArgument},
+		"no reason":     {mend, bus.Action{By: "somebody"}, postrider.InvalidArgument},
+		"own error":     {func(*postrider.Message) error { return postrider.Errorf(postrider.Aborted, "no") }, operator, postrider.Aborted},
+	} {
+		if _, err := d.Edit(e.Context(), letters[0].Sequence, c.change, c.action); postrider.CodeOf(err) != c.want {
+			e.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
+	copied, err := d.Edit(e.Context(), letters[0].Sequence, mend, operator)
+	e.must(err)
+	l, err := d.Get(e.Context(), copied)
+	if err != nil || l.CopyOf != letters[0].Sequence || l.Cause != letters[0].Cause || l.Message.ID != letters[0].Message.ID {
+		e.Errorf("the copy is %+v, %v", l, err)
+	}
+	if _, err := d.Get(e.Context(), letters[0].Sequence); !errors.Is(err, postrider.NotFound) {
+		e.Errorf("an edited letter: %v, want NotFound", err)
+	}
+	if n, err := d.Discard(e.Context(), []uint64{letters[1].Sequence}, operator); n != 1 || err != nil {
+		e.Errorf("discarded %d, %v", n, err)
+	}
+	if n, err := d.Replay(e.Context(), []uint64{copied}, operator); n != 1 || err != nil {
+		e.Errorf("replayed %d, %v", n, err)
+	}
+	e.eventually("handled", mended.count, 1)
+	if got := mended.all()[0]; got.N != 107 {
+		e.Errorf("handled %+v", got)
+	}
+	log, next, err := d.Log(e.Context(), bus.LetterFilter{Code: postrider.NotFound}, 0, 2)
+	e.must(err)
+	rest, _, err := d.Log(e.Context(), bus.LetterFilter{}, next, 0)
+	e.must(err)
+	log = append(log, rest...)
+	if len(log) != 3 {
+		e.Fatalf("the log has %d entries: %+v", len(log), log)
+	}
+	for i, want := range []bus.LogEntry{
+		{Done: "edit", Letter: letters[0], Copy: copied}, {Done: "discard", Letter: letters[1]}, {Done: "replay", Letter: l},
+	} {
+		got := log[i]
+		if got.Done != want.Done || got.Copy != want.Copy || got.By != operator.By || got.Why != operator.Why || got.At.IsZero() ||
+			got.Letter.Sequence != want.Letter.Sequence || got.Letter.Cause != want.Letter.Cause || (len(got.Letter.Data) > 0) != (i == 0) {
+			e.Errorf("entry %d is %+v, want %+v", i, got, want)
+		}
+	}
+}

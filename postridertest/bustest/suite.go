@@ -38,6 +38,8 @@ type DeadLetters interface {
 	ReplayAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error)
 	Discard(ctx context.Context, sequences []uint64, a bus.Action) (int, error)
 	DiscardAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error)
+	Edit(ctx context.Context, sequence uint64, change func(m *postrider.Message) error, a bus.Action) (uint64, error)
+	Log(ctx context.Context, f bus.LetterFilter, after uint64, limit int) (entries []bus.LogEntry, next uint64, err error)
 }
 
 // Broker is what the buses of one test share. Open and DeadLetters are required: a promise that asks for more than an implementation has is
@@ -105,6 +107,7 @@ var promises = []struct {
 	{"RedriveIsNotSwallowed", redriveIsNotSwallowed},
 	{"RedriveTakesItsTurn", redriveTakesItsTurn},
 	{"DeadLettersAreSelectedAndDiscarded", deadLettersAreSelectedAndDiscarded},
+	{"DeadLettersAreEditedAndLogged", deadLettersAreEditedAndLogged},
 	{"UndecodableMessageStopsNobody", undecodableMessageStopsNobody},
 	{"FilterTakesWhatIsWanted", filterTakesWhatIsWanted},
 	{"BatchIsWhatHasCome", batchIsWhatHasCome},

@@ -41,7 +41,8 @@ type stream struct {
 	subjects []string
 	window   time.Duration
 	messages []*stored
-	last     uint64 // sequence of the last message that was stored
+	log      []bus.LogEntry // of dead letters
+	last     uint64         // sequence of the last message that was stored
 	seen     map[messageID]time.Time
 }
 

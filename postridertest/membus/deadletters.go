@@ -4,12 +4,14 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/bus"
+	"github.com/postrider/postrider/internal/envelope"
 )
 
 // deadLetter stores a message in the dead letters.
@@ -34,7 +36,7 @@ func (s *subscription) deadLetter(d *delivery, m *postrider.Message, cause error
 }
 
 // DeadLetters reads the dead letters of a bus and acts on them. Its methods are those of bus.DeadLetters, with the same
-// errors. It keeps no log, a letter has neither Header nor Fingerprint, and [bus.Action.Rate] slows nothing down.
+// errors. There are no Groups, a letter has neither Header nor Fingerprint, and [bus.Action.Rate] slows nothing down.
 type DeadLetters struct{ bus *Bus }
 
 // DeadLetters returns the dead letters in the stream [bus.Config.DeadLetters].
@@ -43,26 +45,46 @@ func (b *Bus) DeadLetters() *DeadLetters { return &DeadLetters{b} }
 // List returns up to limit dead letters, oldest first, with sequences above after, and where the next page begins: see
 // bus.DeadLetters.
 func (d *DeadLetters) List(ctx context.Context, f bus.LetterFilter, after uint64, limit int) ([]bus.DeadLetter, uint64, error) {
-	if limit = cmp.Or(limit, 100); limit < 0 || limit > 1000 {
-		return nil, 0, postrider.Errorf(postrider.InvalidArgument, "membus: read dead letters: limit is %d: want 1 to 1000", limit)
-	}
 	d.bus.broker.mu.Lock()
 	defer d.bus.broker.mu.Unlock()
 	found, err := d.find(ctx, f)
 	if err != nil {
 		return nil, 0, err
 	}
-	var letters []bus.DeadLetter
-	for _, l := range found {
+	return page(found, func(l bus.DeadLetter) uint64 { return l.Sequence }, after, limit)
+}
+
+// page returns up to limit items with sequences above after, and where the next page begins.
+func page[T any](all []T, sequence func(T) uint64, after uint64, limit int) (items []T, next uint64, _ error) {
+	if limit = cmp.Or(limit, 100); limit < 0 || limit > 1000 {
+		return nil, 0, postrider.Errorf(postrider.InvalidArgument, "membus: read dead letters: limit is %d: want 1 to 1000", limit)
+	}
+	for _, item := range all {
 		switch {
-		case l.Sequence <= after:
-		case len(letters) == limit:
-			return letters, letters[limit-1].Sequence, nil
+		case sequence(item) <= after:
+		case len(items) == limit:
+			return items, sequence(items[limit-1]), nil
 		default:
-			letters = append(letters, l)
+			items = append(items, item)
 		}
 	}
-	return letters, 0, nil
+	return items, 0, nil
+}
+
+// Log returns up to limit entries, oldest first, about letters that the filter selects: see bus.DeadLetters.
+func (d *DeadLetters) Log(ctx context.Context, f bus.LetterFilter, after uint64, limit int) ([]bus.LogEntry, uint64, error) {
+	d.bus.broker.mu.Lock()
+	defer d.bus.broker.mu.Unlock()
+	if err := d.bus.enter(ctx, "read the log of dead letters"); err != nil {
+		return nil, 0, err
+	}
+	var found []bus.LogEntry
+	for _, e := range d.stream().log {
+		if selects(f, &e.Letter) {
+			found = append(found, e)
+		}
+	}
+	return page(found, func(e bus.LogEntry) uint64 { return e.Sequence }, after, limit)
 }
 
 // Get returns one dead letter. The error is NotFound when there is none of this sequence (any more).
@@ -135,10 +157,70 @@ func (d *DeadLetters) DiscardAll(ctx context.Context, f bus.LetterFilter, a bus.
 	return d.act(ctx, "discard", nil, &f, a, d.discard)
 }
 
+// Edit replaces a dead letter by a copy that change has changed, and returns the copy's sequence: see bus.DeadLetters.
+func (d *DeadLetters) Edit(ctx context.Context, sequence uint64, change func(m *postrider.Message) error, a bus.Action) (uint64, error) {
+	op := fmt.Sprintf("membus: edit dead letter %d", sequence)
+	if err := checkAction(a, "edit"); err != nil {
+		return 0, err
+	}
+	original, err := d.Get(ctx, sequence)
+	if err != nil {
+		return 0, err
+	}
+	m := original.Message.Clone()
+	m.Data = slices.Clone(m.Data)
+	if err := change(m); err != nil { // without the lock: it may use the bus
+		return 0, fmt.Errorf("%s: %w", op, err)
+	}
+	if m.Topic != original.Topic {
+		return 0, postrider.Errorf(postrider.InvalidArgument, "%s: the topic was changed from %q to %q", op, original.Topic, m.Topic)
+	}
+	isEvent := m.ID != "" || m.Source != "" || m.Type != "" // else it is still for a handler of raw messages
+	if isEvent {
+		if err := m.Validate(); err != nil {
+			return 0, fmt.Errorf("%s: %w", op, err)
+		}
+	}
+	expiry, err := timeAttribute(m, postrider.ExtExpiryTime)
+	if err != nil {
+		return 0, err
+	}
+	d.bus.broker.mu.Lock()
+	defer d.bus.broker.mu.Unlock()
+	l, err := d.get(ctx, sequence)
+	if err != nil {
+		return 0, err
+	}
+	s, letter := d.stream(), l
+	letter.Message, letter.Data, letter.CopyOf = nil, nil, sequence
+	edited := &stored{subject: d.bus.subject("dead." + l.Group + "." + l.Topic), key: m.Key(), expiry: expiry, letter: &letter}
+	if edited.raw = m.Data; isEvent {
+		edited.raw, edited.event = nil, envelope.AppendProto([]byte{}, m)
+	}
+	d.bus.broker.append(s, edited)
+	d.note(bus.LogEntry{Letter: l, Done: "edit", By: a.By, Why: a.Why, Copy: edited.sequence})
+	return edited.sequence, d.discard(l)
+}
+
+// note adds an entry to the log.
+func (d *DeadLetters) note(e bus.LogEntry) {
+	s := d.stream()
+	s.last++
+	e.Sequence, e.At = s.last, time.Now()
+	s.log = append(s.log, e)
+}
+
+func checkAction(a bus.Action, name string) error {
+	if a.By == "" || a.Why == "" {
+		return postrider.Errorf(postrider.InvalidArgument, "membus: %s dead letters: Action.By and Action.Why are required", name)
+	}
+	return nil
+}
+
 // act does something to the letters of some sequences, or, with a filter, to those that it selects.
 func (d *DeadLetters) act(ctx context.Context, name string, sequences []uint64, f *bus.LetterFilter, a bus.Action, do func(bus.DeadLetter) error) (int, error) {
-	if a.By == "" || a.Why == "" {
-		return 0, postrider.Errorf(postrider.InvalidArgument, "membus: %s dead letters: Action.By and Action.Why are required", name)
+	if err := checkAction(a, name); err != nil {
+		return 0, err
 	}
 	d.bus.broker.mu.Lock()
 	defer d.bus.broker.mu.Unlock()
@@ -159,6 +241,8 @@ func (d *DeadLetters) act(ctx context.Context, name string, sequences []uint64, 
 			err = do(l)
 		}
 		if err == nil {
+			l.Data, l.Message.Data = nil, nil
+			d.note(bus.LogEntry{Letter: l, Done: name, By: a.By, Why: a.Why})
 			done++
 		} else {
 			failed = append(failed, err)
