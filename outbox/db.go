@@ -36,15 +36,18 @@ func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	if err != nil {
 		return err
 	}
-	if len(msgs) >= copyFrom && len(rows.keys) > 0 {
-		err = pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) error { return d.outbox.insert(ctx, tx, rows) })
-	} else {
-		err = d.outbox.insert(ctx, d.pool, rows)
+	look, err := d.outbox.admit(func(sql string, depth *int64) error { return d.pool.QueryRow(ctx, sql).Scan(depth) })
+	switch {
+	case err != nil:
+	case len(msgs) >= copyFrom && len(rows.keys) > 0:
+		err = pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) error { return d.outbox.insert(ctx, tx, rows, look) })
+	default:
+		err = d.outbox.insert(ctx, d.pool, rows, look)
 	}
 	if err != nil {
 		return d.outbox.failed(ctx, "publish "+name(msgs), err)
 	}
-	poke(d.outbox.committed)
+	d.outbox.now()
 	return nil
 }
 
@@ -93,6 +96,7 @@ type deferred struct {
 type waiting struct {
 	outbox *Outbox
 	rows   rows
+	look   bool // at the depth
 }
 
 // queue publishes in a deferred transaction.
@@ -102,7 +106,7 @@ type queue struct {
 }
 
 // Publish implements [postrider.Publisher]; see [Outbox.In].
-func (q queue) Publish(_ context.Context, msgs ...*postrider.Message) error {
+func (q queue) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	if len(msgs) == 0 {
 		return nil
 	}
@@ -113,10 +117,14 @@ func (q queue) Publish(_ context.Context, msgs ...*postrider.Message) error {
 	if err != nil {
 		return err
 	}
+	look, err := q.outbox.admit(func(sql string, depth *int64) error { return q.tx.QueryRow(ctx, sql).Scan(depth) })
+	if err != nil {
+		return q.outbox.failed(ctx, "publish "+name(msgs), err)
+	}
 	for i := range rows.data {
 		rows.data[i] = bytes.Clone(rows.data[i]) // a Publisher keeps nothing of its caller
 	}
-	q.tx.waiting = append(q.tx.waiting, waiting{q.outbox, rows})
+	q.tx.waiting = append(q.tx.waiting, waiting{q.outbox, rows, look})
 	return nil
 }
 
@@ -169,7 +177,7 @@ func (t *deferred) Commit(ctx context.Context) error {
 		return err
 	}
 	for _, w := range t.waiting {
-		poke(w.outbox.committed)
+		w.outbox.now()
 	}
 	return nil
 }
@@ -186,17 +194,21 @@ func (t *deferred) send(ctx context.Context) error {
 			all = append(all, w)
 		} else {
 			all[i].rows.append(w.rows)
+			all[i].look = all[i].look || w.look
 		}
 	}
 	batch := &pgx.Batch{}
 	for _, w := range all {
 		if len(w.rows.topics) >= copyFrom {
-			if err := w.outbox.insert(ctx, t.Tx, w.rows); err != nil {
+			if err := w.outbox.insert(ctx, t.Tx, w.rows, w.look); err != nil {
 				e := w.outbox.failed(ctx, "insert with the commit", err)
 				e.Unprocessed = true
 				return e
 			}
 			continue
+		}
+		if w.look {
+			w.outbox.queueLook(batch)
 		}
 		sql, args := w.rows.statement(&w.outbox.q)
 		batch.Queue(sql, args...)

@@ -208,7 +208,7 @@ func (d *DeadLetters) actBatch(ctx context.Context, what string, numbers []int64
 		for _, l := range letters {
 			r.append(o.again(l.Topic, l.attributes, l.Message.Data, l.Key))
 		}
-		return o.insert(ctx, tx, r)
+		return o.insert(ctx, tx, r, false)
 	})
 	if err != nil {
 		return 0, err
@@ -275,7 +275,7 @@ func (o *Outbox) Resend(ctx context.Context, pool *pgxpool.Pool, f Filter, newID
 			if taken = len(r.topics); taken == 0 {
 				return nil
 			}
-			if err := o.insert(ctx, tx, r); err != nil {
+			if err := o.insert(ctx, tx, r, false); err != nil {
 				return err
 			}
 			_, err = tx.Exec(ctx, o.q.resendNote, a.By, a.Why, f.Topic, taken)

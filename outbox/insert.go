@@ -53,31 +53,47 @@ func (p publisher) Publish(ctx context.Context, msgs ...*postrider.Message) erro
 	if err != nil {
 		return err
 	}
-	if err := p.outbox.insert(ctx, p.tx, rows); err != nil {
+	look, err := p.outbox.admit(func(sql string, depth *int64) error { return p.tx.QueryRow(ctx, sql).Scan(depth) })
+	if err == nil {
+		err = p.outbox.insert(ctx, p.tx, rows, look)
+	}
+	if err != nil {
 		e := p.outbox.failed(ctx, "insert "+name(msgs), err)
 		e.Unprocessed = true // whatever became of the statement, it cannot commit any more
 		return e
 	}
-	poke(p.outbox.wake)
+	p.outbox.soon()
 	return nil
 }
 
 // execer is a transaction, or a pool with one for each statement.
 type execer interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults
 	CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, rows pgx.CopyFromSource) (int64, error)
 }
 
-// insert takes the locks of the keys and inserts in one flight. The locks come first, so that the numbers are drawn under
-// them. COPY cannot take locks, so there they go ahead, in the same transaction.
-func (o *Outbox) insert(ctx context.Context, db execer, r rows) error {
+// insert takes the locks of the keys and inserts in one flight, and looks at the depth if so wished. The locks come first, so
+// that the numbers are drawn under them. COPY cannot take locks, so there they go ahead, in the same transaction.
+func (o *Outbox) insert(ctx context.Context, db execer, r rows, look bool) error {
+	batch := &pgx.Batch{}
+	if look {
+		o.queueLook(batch)
+	}
 	if len(r.topics) < copyFrom {
 		sql, args := r.statement(&o.q)
-		_, err := db.Exec(ctx, sql, args...)
-		return err
+		if !look {
+			_, err := db.Exec(ctx, sql, args...)
+			return err
+		}
+		batch.Queue(sql, args...)
+		return db.SendBatch(ctx, batch).Close()
 	}
 	if len(r.keys) > 0 {
-		if _, err := db.Exec(ctx, o.q.lockKeys, r.keys); err != nil {
+		batch.Queue(o.q.lockKeys, r.keys)
+	}
+	if batch.Len() > 0 {
+		if err := db.SendBatch(ctx, batch).Close(); err != nil {
 			return err
 		}
 	}
@@ -168,13 +184,18 @@ func name(msgs []*postrider.Message) string {
 
 // failed gives the error of a statement its class.
 func (o *Outbox) failed(ctx context.Context, op string, err error) *postrider.Error {
+	if e, ok := errors.AsType[*postrider.Error](err); ok {
+		return e
+	}
 	e := &postrider.Error{Code: postrider.Unavailable, Op: "outbox: " + op, Unprocessed: pgconn.SafeToRetry(err), Err: err}
-	var pg *pgconn.PgError
+	var answer interface{ SQLState() string } // of any driver
 	switch {
-	case errors.As(err, &pg):
-		e.Code, e.Unprocessed = classOf(pg), pg.SeverityUnlocalized == "ERROR"
-		if hasState(err, undefinedTable, undefinedSchema) {
-			e.Code, e.Msg = postrider.FailedPrecondition, "schema "+o.cfg.Schema+" has no outbox: call outbox.Migrate first"
+	case errors.As(err, &answer):
+		e.Code = classOf(answer.SQLState())
+		pg, ours := errors.AsType[*pgconn.PgError](err)
+		e.Unprocessed = ours && pg.SeverityUnlocalized == "ERROR" // else the connection ended, and perhaps while it committed
+		if state := answer.SQLState(); state == undefinedTable || state == undefinedSchema {
+			e.Msg = "schema " + o.cfg.Schema + " has no outbox: call outbox.Migrate first"
 		}
 	case ctx.Err() != nil:
 		e.Code = postrider.CodeOf(ctx.Err())
@@ -183,13 +204,13 @@ func (o *Outbox) failed(ctx context.Context, op string, err error) *postrider.Er
 }
 
 // classOf maps an SQLSTATE (PostgreSQL, appendix A) by its first two characters, which are its class.
-func classOf(e *pgconn.PgError) postrider.Code {
-	switch class := e.Code[:min(2, len(e.Code))]; {
-	case e.SeverityUnlocalized != "ERROR", class == "08", class == "53", class == "57": // connection, resources, operator
+func classOf(state string) postrider.Code {
+	switch state[:min(2, len(state))] {
+	case "08", "53", "57": // connection, resources, operator
 		return postrider.Unavailable
-	case class == "40", class == "55": // deadlock or serialization, a lock that was not to be had in time
+	case "40", "55": // deadlock or serialization, a lock that was not to be had in time
 		return postrider.Aborted
-	case class == "23", class == "42": // a constraint that was deferred to the commit, no right to
+	case "23", "3F", "42": // a constraint that was deferred to the commit, no such table, no right to
 		return postrider.FailedPrecondition
 	default:
 		return postrider.Internal

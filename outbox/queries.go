@@ -9,7 +9,7 @@ import (
 // queries are the statements of one outbox. The database's clock decides everything that is compared with its rows.
 type queries struct {
 	lockKeys, insertOne, insertKeyed               string // in the user's transaction
-	insertMany, insertManyKeyed                    string // the same
+	insertMany, insertManyKeyed, depth             string // the same
 	sequence, acquire, probe, plan, page, write    string // the relay's ordinary work
 	dead, adopt, adoptCursor                       string // what happens seldom
 	mark, marks, toMark, dropMarks                 string // what the broker had when
@@ -47,6 +47,12 @@ func newQueries(schema string) queries {
 			with locked as materialized (select count(*) from (` + strings.Replace(lockKeys, "$1", "$4", 1) + ` offset 0) as l)
 			insert into :"schema".postrider_outbox (topic, attributes, data)
 			select t, a, d from locked, unnest($1::text[], $2::bytea[], $3::bytea[]) with ordinality as u (t, a, d, n) order by n`),
+
+		// About how many messages wait: the highest number drawn less the one up to which the cursor is written. One row.
+		depth: in(`
+			select (select last_value - (not is_called)::int from :"schema".postrider_outbox_seq)
+				- case when cur is null then floor else greatest(floor, last) end
+			from :"schema".postrider_outbox_relay`),
 
 		sequence: `select seqcache from pg_sequence where seqrelid = to_regclass($1)`,
 

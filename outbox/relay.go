@@ -29,6 +29,11 @@ type RelayConfig struct {
 	// at 2 ms and doubles. It bounds the delay of messages published by other processes. Default 400 ms.
 	PollInterval time.Duration
 
+	// Listen, if not nil, is a pool of direct connections to the server, by no pooler: while the relay leads, one of them listens for
+	// what writers notify that have neither Go nor NATS, after their commit: notify postrider_outbox, 'the schema'. It may be the
+	// relay's own pool. Without it their messages wait for the next poll. Default none.
+	Listen *pgxpool.Pool
+
 	// LeaseTTL is how long a relay that died is waited for before another one takes over, beside a PollInterval and the time
 	// to connect. One that hangs for two thirds of it, or cannot reach the database for so long, gives up its turn.
 	// Default 3 s.
@@ -191,6 +196,7 @@ func (r *Relay) Run(ctx context.Context) error {
 			r.log.Log(ctx, level, msg, args...)
 		}
 	}
+	defer r.hearPokes(ctx)()
 	owner, search := ownerName(), false
 	for attempt := 1; ctx.Err() == nil; attempt++ {
 		t, err := r.newTerm(ctx, owner, search)

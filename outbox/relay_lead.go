@@ -41,6 +41,7 @@ func (t *term) lead(stop context.Context) error {
 	publishing, cancelPublishing := context.WithCancel(t.ctx)
 
 	var sender sync.WaitGroup
+	sender.Go(func() { t.r.listen(quit) })
 	sender.Go(func() {
 		gaveUp := false // then what follows may not overtake
 		for p := range t.pages {
