@@ -57,7 +57,7 @@ func parseFlags(args []string) (plan, error) {
 	var p plan
 	flags := flag.NewFlagSet("outbox", flag.ContinueOnError)
 	flags.IntVar(&p.rounds, "rounds", 3, "how often everything is measured")
-	flags.Float64Var(&p.seconds, "seconds", 0.7, "how long a measurement takes, more or less")
+	flags.Float64Var(&p.seconds, "seconds", 0.6, "how long a measurement takes, more or less")
 	flags.IntVar(&p.size, "size", 256, "bytes of data in a message")
 	flags.StringVar(&p.sync, "sync", syncAlways, `the server's sync_interval: "always" or "default" (2 minutes)`)
 	flags.StringVar(&p.profile, "profile", "", "write a CPU profile of each measurement into this folder")
