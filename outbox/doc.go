@@ -74,6 +74,12 @@
 // An outbox is a schema, in as many of which as a database has tenants. [Relays] serves all of them with a few connections.
 // Names of schemas are lower-case letters, digits and "_", so that they mean the same quoted and not.
 //
+// # Other readers
+//
+// The view postrider_outbox_events has what the outbox retains with the columns of Debezium's outbox event router: id,
+// aggregatetype (the topic), aggregateid (the key, or the id), type and payload. It is for what polls tables, as a JDBC source
+// does: Debezium itself reads tables only, whose rows here have the attributes encoded.
+//
 // # SQL writers
 //
 // Whatever may INSERT may publish; topic and data are enough:

@@ -43,6 +43,11 @@ func MigrateSQL(schema string) (string, error) {
 	return migrate.SQL(schemaOrDefault(schema), line, migrations)
 }
 
+// MigrateDownSQL returns what MigrateDown does, as a script for another tool.
+func MigrateDownSQL(schema string) (string, error) {
+	return migrate.DownSQL(schemaOrDefault(schema), line, migrations)
+}
+
 func schemaOrDefault(schema string) string {
 	if schema == "" {
 		return DefaultSchema

@@ -116,6 +116,22 @@ func SQL(schema, line string, files fs.FS) (string, error) {
 	return b.String(), nil
 }
 
+// DownSQL returns what Down does to a database with the newest version of line, as a script for another tool.
+func DownSQL(schema, line string, files fs.FS) (string, error) {
+	l, err := newLine(schema, line, files)
+	if err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	b.WriteString("begin;\n")
+	for i, s := range slices.Backward(l.steps) {
+		note := strings.NewReplacer("$1", "'"+line+"'", "$2", fmt.Sprint(i+1)).Replace(l.in(deleteVersion))
+		fmt.Fprintf(&b, "\n-- %s %03d\n%s\n%s;\n", line, i+1, strings.TrimSpace(s.down), note)
+	}
+	b.WriteString("\ncommit;\n")
+	return b.String(), nil
+}
+
 // Quote checks the name of a schema and returns it quoted. Allowed are lower-case letters, digits and "_", up to 63
 // bytes and not beginning with a digit or "pg_": such a name means the same quoted and not.
 func Quote(schema string) (string, error) {

@@ -126,6 +126,16 @@ func TestSQLIsWhatRunDoes(t *testing.T) {
 		t.Fatalf("%d versions noted by the script, %d after Run, want 2 and 2", before, after)
 	}
 	wantTables(t, pool, "by_hand", "one", "postrider_migration", "two")
+	if sql, err = migrate.DownSQL("by_hand", "numbers", filesV2()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(ctx, sql); err != nil {
+		t.Fatalf("%v in\n%s", err, sql)
+	}
+	wantTables(t, pool, "by_hand", "postrider_migration")
+	if n := versions(ctx, t, pool); n != 0 {
+		t.Errorf("%d versions are noted after the script down", n)
+	}
 }
 
 func versions(ctx context.Context, t *testing.T, pool *pgxpool.Pool) (n int) {

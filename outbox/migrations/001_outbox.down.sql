@@ -1,3 +1,6 @@
+drop view :"schema".postrider_outbox_events;
+drop function :"schema".postrider_outbox_attribute;
+drop function :"schema".postrider_outbox_fields;
 drop table :"schema".postrider_outbox_mark;
 drop table :"schema".postrider_outbox_log;
 drop table :"schema".postrider_outbox_dead;

@@ -87,3 +87,90 @@ create table :"schema".postrider_outbox_log (
 	attributes bytea,
 	cause      text
 );
+
+-- The fields of a protobuf message: bytes as they are, of other kinds none.
+create function :"schema".postrider_outbox_fields(message bytea) returns table (field bigint, value bytea)
+language plpgsql immutable strict parallel safe as $$
+declare
+	at integer := 0;
+	n bigint;
+	shift integer;
+	tag bigint;
+begin
+	while at < length(message) loop
+		tag := 0;
+		shift := 0;
+		loop
+			n := get_byte(message, at);
+			at := at + 1;
+			tag := tag | ((n & 127) << shift);
+			exit when n < 128;
+			shift := shift + 7;
+		end loop;
+		field := tag >> 3;
+		value := null;
+		case tag & 7
+		when 0 then
+			while get_byte(message, at) >= 128 loop
+				at := at + 1;
+			end loop;
+			at := at + 1;
+		when 1 then
+			at := at + 8;
+		when 5 then
+			at := at + 4;
+		else
+			n := 0;
+			shift := 0;
+			loop
+				tag := get_byte(message, at);
+				at := at + 1;
+				n := n | ((tag & 127) << shift);
+				exit when tag < 128;
+				shift := shift + 7;
+			end loop;
+			if n < 0 or n > length(message) - at then
+				raise exception 'a field ends behind the message';
+			end if;
+			value := substring(message from at + 1 for n::integer);
+			at := at + n::integer;
+		end case;
+		return next;
+	end loop;
+end
+$$;
+
+-- An attribute of a CloudEvent in the protobuf format that is a text, NULL if it has none or cannot be read.
+create function :"schema".postrider_outbox_attribute(event bytea, name text) returns text
+language plpgsql immutable strict parallel safe as $$
+declare
+	found bytea;
+begin
+	if name in ('id', 'source', 'type') then
+		select f.value into found from :"schema".postrider_outbox_fields(event) as f
+		where f.field = case name when 'id' then 1 when 'source' then 2 else 4 end;
+	else
+		select text.value into found
+		from :"schema".postrider_outbox_fields(event) as entry,
+			lateral :"schema".postrider_outbox_fields(entry.value) as key,
+			lateral :"schema".postrider_outbox_fields(entry.value) as val,
+			lateral :"schema".postrider_outbox_fields(val.value) as text
+		where entry.field = 5 and key.field = 1 and val.field = 2 and text.field in (3, 5, 6) and key.value = convert_to(name, 'UTF8');
+	end if;
+	return convert_from(found, 'UTF8');
+exception when others then
+	return null;
+end
+$$;
+
+-- What the outbox retains, with the columns of Debezium's outbox event router, for tools that read tables.
+create view :"schema".postrider_outbox_events as
+select coalesce(:"schema".postrider_outbox_attribute(attributes, 'id'), r.identity || '-' || o.id) as id,
+	topic as aggregatetype,
+	coalesce(:"schema".postrider_outbox_attribute(attributes, 'partitionkey'),
+		:"schema".postrider_outbox_attribute(attributes, 'id'), r.identity || '-' || o.id) as aggregateid,
+	coalesce(:"schema".postrider_outbox_attribute(attributes, 'type'), topic) as type,
+	data as payload,
+	o.at as timestamp,
+	o.id as number
+from :"schema".postrider_outbox as o, :"schema".postrider_outbox_relay as r;
