@@ -113,7 +113,7 @@ func (l *lane) fastBatch(ctx context.Context, entries []*entry) (settled int, pa
 	case f.code == errFastOff, f.code == errFastMax:
 	case lost == nil && f.stored >= f.failed-1:
 		settled, lost = f.failed, f.err
-	case lost == nil && !postrider.Retryable(f.err) && !slices.ContainsFunc(entries[:f.failed-1], (*entry).isNameless):
+	case lost == nil && f.code == errMessageTooLarge && !slices.ContainsFunc(entries[:f.failed-1], (*entry).isNameless):
 		return l.refusedAlone(ctx, entries, f.failed-1, f.err)
 	case lost == nil: // it may be tried again, whatever f.err is
 		lost = postrider.Errorf(postrider.Unavailable, "bus: publish: the server gave up the batch, it may have been stored: %v", f.err)
