@@ -49,8 +49,11 @@
 // about the order of time, there is one index, and expiry is the drop of a whole partition. A copy older than
 // [Config.Window] is refused, with an OutOfRange error that ends it in the dead letters: that it was handled is no
 // longer known, so that it is neither lost silently nor handled twice. A consumer that reads an old stream from its
-// beginning needs a window as long as the stream. Messages without a time share a bucket of their own; they are
-// remembered for the window after their handling, and a copy that comes still later is handled again.
+// beginning needs a window as long as the stream. Messages without a time share a bucket of their own; they are remembered
+// for the window after their handling, and a copy that comes still later is handled again.
+//
+// Retention differs by consumer where each has a [Store] of its own, with a schema and a window: in one table a day's rows
+// would all be kept as long as the most patient consumer needs.
 //
 // # The barrier
 //

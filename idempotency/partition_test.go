@@ -242,3 +242,59 @@ func TestRunLivesWithoutTables(t *testing.T) {
 	stop()
 	must(t, s.Run(run))
 }
+
+// Copies of a message of the last millisecond of a day, and of the first of the next, meet in one partition each, whenever they
+// come and in whatever zone their time is written.
+func TestMidnight(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	h := b.writer(b.store(Config{}), "billing")
+	first := dayOf(time.Now())
+	last := first.Add(-time.Millisecond)
+	batch, _ := b.batcher(b.store(Config{}), "billing", nil)
+	for range 2 {
+		for id, at := range map[string]time.Time{"last": last, "first": first} {
+			for _, zone := range []string{"", "far east"} {
+				if zone != "" {
+					at = at.In(time.FixedZone(zone, 14*3600))
+				}
+				must(t, handle(t, h, b.event(id, at)))
+				must(t, handle(t, batch, b.event(id, at)))
+			}
+		}
+	}
+	b.wantEffects("billing last", 1)
+	b.wantEffects("billing first", 1)
+	if p, want := b.partitions(), []string{last.Format(partitionName), first.Format(partitionName)}; !slices.Equal(p, want) {
+		t.Fatalf("partitions %q, want %q", p, want)
+	}
+}
+
+// Consumers that need to know messages for different times have stores of different schemas: each expires by itself.
+func TestRetentionPerConsumer(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	ctx, now := t.Context(), time.Now()
+	const archive = "archive"
+	must(t, Migrate(ctx, b.pool, archive))
+	short := b.store(Config{Window: 3 * day})
+	long, err := New(b.pool, Config{Schema: archive, Window: 365 * day})
+	must(t, err)
+	old := b.event("old", now.Add(-200*day))
+	young := b.event("young", now.Add(-2*day))
+	for range 2 {
+		for _, s := range []*Store{short, long} {
+			must(t, handle(t, b.writer(s, s.cfg.Schema), young))
+			must(t, s.maintain(ctx))
+			must(t, s.sweep(ctx, now))
+		}
+		must(t, handle(t, b.writer(long, archive), old))
+		wantCode(t, handle(t, b.writer(short, testSchema), old), postrider.OutOfRange, false)
+	}
+	for what, want := range map[string]int{"archive young": 1, "effects young": 1, "archive old": 1, "effects old": 0} {
+		b.wantEffects(what, want)
+	}
+	must(t, long.sweep(ctx, now.AddDate(1, 0, 0)))
+	must(t, handle(t, b.writer(short, testSchema), young))
+	b.wantEffects("effects young", 1)
+}
