@@ -212,6 +212,18 @@ func testLogicalPublicationAltered(t *testing.T, pool *pgxpool.Pool, cfg outbox.
 	}
 	wantLogical(t, relay, true)
 	stop()
+	sql, err := outbox.MigrateDownSQL("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	exec(sql)
+	wantRows(t, pool, "pg_publication", 0)
+	if err := outbox.Migrate(t.Context(), pool, ""); err != nil {
+		t.Fatal(err)
+	}
+	_, stop = start(t, pool, b, cfg)
+	wantRows(t, pool, "pg_publication", 1)
+	stop()
 	if err := outbox.MigrateDown(t.Context(), pool, ""); err != nil {
 		t.Fatal(err)
 	}

@@ -45,7 +45,12 @@ func MigrateSQL(schema string) (string, error) {
 
 // MigrateDownSQL returns what MigrateDown does, as a script for another tool.
 func MigrateDownSQL(schema string) (string, error) {
-	return migrate.DownSQL(schemaOrDefault(schema), line, migrations)
+	schema = schemaOrDefault(schema)
+	sql, err := migrate.DownSQL(schema, line, migrations)
+	if err != nil {
+		return "", err
+	}
+	return sql + "\n" + newFeedQueries(schema).unpublish + ";\n", nil
 }
 
 func schemaOrDefault(schema string) string {
