@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/postridertest"
 )
 
 // batcher handles events by one line each in the ledger. bad, if it is not nil, has the last word on each run.
@@ -401,4 +402,38 @@ func TestBatchConsumerNeedsAName(t *testing.T) {
 		}
 	}()
 	BatchHandler(nil, "", newContracts().placed, nil)
+}
+
+// Two batches with the same messages in opposite order wait for one that a third transaction has: when it is free, the one goes
+// first and the other follows.
+func TestBatchesInOppositeOrderDoNotDeadlock(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	s := b.store(Config{LockTimeout: -1})
+	h, _ := b.batcher(s, "billing", nil)
+	msgs := b.events(3, time.Now())
+	must(t, handle(t, b.writer(s, "other"), msgs[0])) // the partition is there
+	holder, err := b.pool.Begin(t.Context())
+	must(t, err)
+	t.Cleanup(func() { _ = holder.Rollback(context.WithoutCancel(t.Context())) }) // the pool cannot close before
+	_, err = holder.Exec(t.Context(), `insert into effects.postrider_inbox (k) values ($1)`, inboxKey("billing", msgs[1]))
+	must(t, err)
+	backward := slices.Clone(msgs)
+	slices.Reverse(backward)
+	ended := make(chan error, 2)
+	for _, batch := range [][]*postrider.Message{msgs, backward} {
+		go func() { ended <- errors.Join(h.HandleBatch(t.Context(), batch)...) }()
+	}
+	postridertest.Eventually(t, func() error {
+		var n int
+		err := b.pool.QueryRow(t.Context(), `select count(*) from pg_stat_activity
+			where datname = current_database() and wait_event_type = 'Lock'`).Scan(&n)
+		if err == nil && n < 2 {
+			err = fmt.Errorf("%d wait for a lock", n)
+		}
+		return err
+	})
+	must(t, holder.Rollback(t.Context()))
+	must(t, errors.Join(<-ended, <-ended))
+	b.wantOnce("billing", msgs)
 }
