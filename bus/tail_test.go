@@ -1,12 +1,14 @@
 package bus_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -33,12 +35,25 @@ type fickle struct {
 	js     jetstream.JetStream
 	pool   *pgxpool.Pool
 	ob     *outbox.Outbox
-	bus    *bus.Bus
+	bus    *interrupted
 	stop   func() error // of the relay
 	n      int          // notes published
 }
 
 var keyedNotes = postrider.NewTopic[note]("notes.keyedNotes.v1", postrider.KeyBy(func(n *note) string { return fmt.Sprint("key", n.N%3) })) //nolint:gochecknoglobals // constant
+
+// interrupted is a bus to which something may happen just before it looks for the ends of streams.
+type interrupted struct {
+	*bus.Bus
+	before atomic.Pointer[func()]
+}
+
+func (i *interrupted) Tail(ctx context.Context, topics []string) (map[string]string, error) {
+	if before := i.before.Swap(nil); before != nil {
+		(*before)()
+	}
+	return i.Bus.Tail(ctx, topics)
+}
 
 func newFickle(t *testing.T) *fickle {
 	t.Helper()
@@ -65,7 +80,7 @@ func newFickle(t *testing.T) *fickle {
 	if f.ob, err = outbox.New(outbox.Config{Source: "//test/notes"}); err != nil {
 		t.Fatal(err)
 	}
-	f.bus = newBus(t, f.nc)
+	f.bus = &interrupted{Bus: newBus(t, f.nc)}
 	f.start()
 	return f
 }
@@ -208,6 +223,25 @@ func TestRelaySendsAgainWhatAPowerCutHasLost(t *testing.T) {
 			f.wantAll()
 		})
 	}
+}
+
+// The server loses its end when the relay is about to write where that is.
+func TestRelayWritesNoMarkOfWhatIsLost(t *testing.T) {
+	t.Parallel()
+	f := newFickle(t)
+	f.publish(50)
+	f.wantAll()
+	f.wantMark(50)
+	f.keep()
+	asked, lost := make(chan struct{}), make(chan struct{})
+	before := func() { close(asked); <-lost }
+	f.bus.before.Store(&before)
+	f.publish(30)
+	<-asked
+	f.wantAll()
+	f.lose()
+	close(lost)
+	f.wantAll()
 }
 
 // The relay is away when the server loses its end, and others have filled it again when the relay is back.

@@ -92,7 +92,7 @@ func newTailWatch(pub Tailer, log *slog.Logger, tails map[string]string) *tailWa
 }
 
 // look fails with errTailLost if the broker is not known to have all that it accepted. It is called before each attempt to
-// publish, and returns at once if nothing gives reason to doubt.
+// publish and before a mark is made, and returns at once if nothing gives reason to doubt.
 func (w *tailWatch) look(ctx context.Context) error {
 	if w == nil {
 		return nil
@@ -169,22 +169,37 @@ func (w *tailWatch) run(ctx context.Context, lost func()) {
 				return
 			}
 			job.tails, job.err = w.read(ctx, job.topics)
+			if errors.Is(job.err, errTailLost) {
+				lost()
+			}
 			w.done <- job
 		case <-ticker.C:
 			w.mu.Lock()
 			tails := w.tails
 			w.mu.Unlock()
-			if errors.Is(w.holds(ctx, tails), errTailLost) {
+			if errors.Is(w.look(ctx), errTailLost) || errors.Is(w.holds(ctx, tails), errTailLost) {
 				lost()
 			}
 		}
 	}
 }
 
+// read reads tails of a broker that was not away since it accepted what they are to stand for: else they may be the ends
+// of streams that have lost it.
 func (w *tailWatch) read(ctx context.Context, topics []string) (map[string]string, error) {
+	if err := w.look(ctx); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, tailTimeout)
 	defer cancel()
-	return w.pub.Tail(ctx, topics)
+	tails, err := w.pub.Tail(ctx, topics)
+	reconnect := w.pub.Reconnects()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err == nil && reconnect != w.reconnect {
+		err = postrider.Errorf(postrider.Unavailable, "outbox: the connection was lost while the ends of streams were read")
+	}
+	return tails, err
 }
 
 // note takes a page that is settled. Where nothing was accepted there may be no stream.
