@@ -51,9 +51,12 @@ func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	return nil
 }
 
-// Begin begins a transaction in which [Outbox.In] does not insert at once: all messages go with the COMMIT, in one flight.
-// That saves a round trip for each Publish, which is most of what an outbox costs, holds the locks of keys for the time of
-// the commit only, and makes deadlocks by keys impossible. Pass DB to [pgx.BeginFunc] in the place of the pool:
+// Begin begins a transaction in which [Outbox.In] does not insert at once: all messages go with the COMMIT, in one flight,
+// and BEGIN goes with the first statement. That saves a round trip for each Publish and one more, and they are most of what an
+// outbox costs; it holds the locks of keys for the time of the commit only, and makes deadlocks by keys impossible. Begin
+// itself asks nothing of the server: a connection that is lost is noticed by the first statement.
+//
+// Pass DB to [pgx.BeginFunc] in the place of the pool:
 //
 //	err := pgx.BeginFunc(ctx, ob.On(pool), func(tx pgx.Tx) error {
 //		...
@@ -72,22 +75,18 @@ func (d *DB) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
 	if err != nil {
 		return nil, err
 	}
-	tx, err := conn.BeginTx(ctx, opts)
-	if err != nil {
-		conn.Release()
-		return nil, err
-	}
 	commit := opts.CommitQuery
 	if commit == "" {
 		commit = "commit"
 	}
-	return &deferred{Tx: tx, conn: conn, commit: commit}, nil
+	return &deferred{conn: conn, opts: opts, commit: commit}, nil
 }
 
 // deferred is a transaction of DB.Begin.
 type deferred struct {
-	pgx.Tx
 	conn    *pgxpool.Conn
+	opts    pgx.TxOptions
+	tx      pgx.Tx // nil: it has not begun
 	commit  string
 	waiting []waiting // in the order of Publish
 }
@@ -110,7 +109,7 @@ func (q queue) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	if len(msgs) == 0 {
 		return nil
 	}
-	if q.tx.Tx == closedTx {
+	if q.tx.tx == closedTx {
 		return postrider.Errorf(postrider.FailedPrecondition, "outbox: publish %s: %w", name(msgs), pgx.ErrTxClosed)
 	}
 	rows, err := q.outbox.encode(msgs)
@@ -137,7 +136,12 @@ type savepoint struct {
 }
 
 // Begin implements [pgx.Tx]: a savepoint.
-func (t *deferred) Begin(ctx context.Context) (pgx.Tx, error) { return t.savepoint(ctx, t.Tx) }
+func (t *deferred) Begin(ctx context.Context) (pgx.Tx, error) {
+	if err := t.start(ctx); err != nil {
+		return nil, err
+	}
+	return t.savepoint(ctx, t.tx)
+}
 
 // Begin implements [pgx.Tx]: a savepoint.
 func (s *savepoint) Begin(ctx context.Context) (pgx.Tx, error) { return s.root.savepoint(ctx, s.Tx) }
@@ -161,18 +165,21 @@ func (s *savepoint) Rollback(ctx context.Context) error {
 
 // Commit implements [pgx.Tx]: it sends what was published and COMMIT in one flight.
 func (t *deferred) Commit(ctx context.Context) error {
-	if t.Tx == closedTx {
+	if t.tx == closedTx {
 		return pgx.ErrTxClosed
 	}
 	defer t.release()
-	if len(t.waiting) == 0 || t.conn.Conn().PgConn().TxStatus() != 'T' { // a failed one tells so itself
-		return t.Tx.Commit(ctx)
+	switch {
+	case t.tx == nil && len(t.waiting) == 0:
+		return nil
+	case t.tx != nil && (len(t.waiting) == 0 || t.conn.Conn().PgConn().TxStatus() != 'T'): // a failed one tells so itself
+		return t.tx.Commit(ctx)
 	}
 	if err := t.send(ctx); err != nil {
 		if t.conn.Conn().PgConn().TxStatus() != 'I' {
 			rollback, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
 			defer cancel()
-			_ = t.Tx.Rollback(rollback) // if it fails it closes the connection, and the server rolls back
+			_ = t.tx.Rollback(rollback) // if it fails it closes the connection, and the server rolls back
 		}
 		return err
 	}
@@ -197,14 +204,26 @@ func (t *deferred) send(ctx context.Context) error {
 			all[i].look = all[i].look || w.look
 		}
 	}
+	for _, w := range all {
+		if len(w.rows.topics) < copyFrom {
+			continue
+		}
+		err := t.start(ctx)
+		if err == nil {
+			err = w.outbox.insert(ctx, t.tx, w.rows, w.look)
+		}
+		if err != nil {
+			e := w.outbox.failed(ctx, "insert with the commit", err)
+			e.Unprocessed = true
+			return e
+		}
+	}
 	batch := &pgx.Batch{}
+	if t.tx == nil {
+		batch.BeginTx(t.opts)
+	}
 	for _, w := range all {
 		if len(w.rows.topics) >= copyFrom {
-			if err := w.outbox.insert(ctx, t.Tx, w.rows, w.look); err != nil {
-				e := w.outbox.failed(ctx, "insert with the commit", err)
-				e.Unprocessed = true
-				return e
-			}
 			continue
 		}
 		if w.look {
@@ -218,7 +237,11 @@ func (t *deferred) send(ctx context.Context) error {
 		rolledBack = tag.String() == "ROLLBACK"
 		return nil
 	})
-	if err := t.Tx.SendBatch(ctx, batch).Close(); err != nil {
+	results := t.conn.SendBatch(ctx, batch)
+	if t.tx == nil {
+		t.tx = results.Tx()
+	}
+	if err := results.Close(); err != nil {
 		return all[0].outbox.failed(ctx, "commit", err)
 	}
 	if rolledBack {
@@ -230,13 +253,16 @@ func (t *deferred) send(ctx context.Context) error {
 // Rollback implements [pgx.Tx]. What was published is dropped.
 func (t *deferred) Rollback(ctx context.Context) error {
 	defer t.release()
-	return t.Tx.Rollback(ctx)
+	if t.tx == nil {
+		return nil
+	}
+	return t.tx.Rollback(ctx)
 }
 
 // release gives the connection back, once.
 func (t *deferred) release() {
-	if t.Tx != closedTx {
-		t.Tx = closedTx
+	if t.tx != closedTx {
+		t.tx = closedTx
 		t.conn.Release()
 	}
 }

@@ -13,8 +13,8 @@
 //
 //	err = postrider.Run(ctx, b, relay)
 //
-// Begin the transaction by ob.On(pool) in the place of pool, and the messages go with its COMMIT in one flight: [DB.Begin].
-// [DB.Publish] is for messages that go with nothing else.
+// Begin the transaction by ob.On(pool) in the place of pool, and its BEGIN goes with the first statement, the messages with the
+// COMMIT: [DB.Begin]. [DB.Publish] is for messages that go with nothing else.
 //
 // # Guarantee
 //
