@@ -117,21 +117,9 @@ func (t table) heap(of, _ []result) string {
 func (t table) troubles(b *strings.Builder) {
 	var lines []string
 	for _, r := range t.results {
-		var what []string
-		for _, w := range []struct {
-			n    int64
-			text string
-		}{{r.Lost, "lost"}, {r.Again, "twice"}, {r.Disorder, "out of order"}} {
-			if w.n > 0 {
-				what = append(what, fmt.Sprintf("%d of %d %s", w.n, r.Messages, w.text))
-			}
-		}
-		if r.Err != "" {
-			what = append(what, strings.ReplaceAll(r.Err, "\n", "; "))
-		}
-		if len(what) > 0 {
+		if what := harness.Troubles(r.Messages, r.Lost, r.Again, r.Disorder, r.Err); what != "" {
 			lines = append(lines, fmt.Sprintf("- %s, %s, %d bytes, round %d: %s\n",
-				r.Peer, r.Cell, r.Size, r.Round+1, strings.Join(what, ", ")))
+				r.Peer, r.Cell, r.Size, r.Round+1, what))
 		}
 	}
 	if len(lines) == 0 {

@@ -66,6 +66,9 @@ func (t *term) lead(stop context.Context) error {
 	if err == nil {
 		err = t.drain(cancelPublishing)
 	}
+	if err != nil && t.ctx.Err() != nil { // whatever was broken off, this is why
+		err = context.Cause(t.ctx)
+	}
 	t.cancel(err)
 	t.closeFeed()
 	cancelQuit()

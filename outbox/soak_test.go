@@ -194,6 +194,8 @@ func TestBrokerDownForLong(t *testing.T) {
 		}
 	}
 	sent(1)
+	// Before it has marked where the stream ends it would have to go back.
+	wantRows(t, pool, `(select from postrider.postrider_outbox_mark where tails::text <> '{}' limit 1) as marked`, 1)
 	srv.Stop()
 	publish(t, pool, ob, message("second", ""))
 	postridertest.Eventually(t, func() error {

@@ -73,3 +73,20 @@ func CPUTime() time.Duration {
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
+
+// Troubles says what should not have happened with n messages, "" if all was well.
+func Troubles(n, lost, again, disorder int64, err string) string {
+	var what []string
+	for _, w := range []struct {
+		n    int64
+		text string
+	}{{lost, "lost"}, {again, "twice"}, {disorder, "out of order"}} {
+		if w.n > 0 {
+			what = append(what, fmt.Sprintf("%d of %d %s", w.n, n, w.text))
+		}
+	}
+	if err != "" {
+		what = append(what, strings.ReplaceAll(err, "\n", "; "))
+	}
+	return strings.Join(what, ", ")
+}
