@@ -72,7 +72,7 @@ func (t *deferred) Query(ctx context.Context, sql string, args ...any) (pgx.Rows
 		return &firstRows{rows, results, nil}, nil
 	}
 	if err := t.start(ctx); err != nil {
-		return closedTx.Query(ctx, sql) // rows that are closed, and
+		return pgx.FailedBatchResults(&pgx.Batch{}, err).Query()
 	}
 	return t.tx.Query(ctx, sql, args...)
 }
@@ -83,7 +83,7 @@ func (t *deferred) QueryRow(ctx context.Context, sql string, args ...any) pgx.Ro
 		return firstRow{results}
 	}
 	if err := t.start(ctx); err != nil {
-		return failedRow{err}
+		return pgx.FailedBatchResults(&pgx.Batch{}, err).QueryRow()
 	}
 	return t.tx.QueryRow(ctx, sql, args...)
 }
@@ -178,8 +178,3 @@ func (r firstRow) Scan(dest ...any) error {
 	}
 	return err
 }
-
-type failedRow struct{ err error }
-
-// Scan implements [pgx.Row].
-func (r failedRow) Scan(...any) error { return r.err }

@@ -179,6 +179,20 @@ func TestFirstStatementFails(t *testing.T) {
 			_, err := tx.Exec(ended, `select 1`)
 			return err
 		},
+		"before BEGIN of rows": func(tx pgx.Tx) error {
+			rows, err := tx.Query(ended, `select 1`)
+			if !errors.Is(err, context.Canceled) || rows.Next() || !errors.Is(rows.Err(), context.Canceled) {
+				t.Errorf("rows of a transaction that did not begin: %v, %v", err, rows.Err())
+			}
+			return err
+		},
+		"before BEGIN of a row": func(tx pgx.Tx) error {
+			err := tx.QueryRow(ended, `select 1`).Scan(&n)
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("row of a transaction that did not begin: %v", err)
+			}
+			return err
+		},
 		"with its connection": func(tx pgx.Tx) error {
 			_, err := tx.Exec(ctx, `select pg_terminate_backend(pg_backend_pid()), $1::int`, 1)
 			return err
