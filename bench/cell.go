@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"time"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 // kind is a kind of work.
@@ -72,8 +74,6 @@ func allCells() []cell {
 // memoryCells are not among all cells: they tell something only together, and a million messages take their time.
 func memoryCells() []cell { return []cell{{memory, 10_000}, {memory, 100_000}, {memory, 1_000_000}} }
 
-func namedCells() []cell { return append(allCells(), memoryCells()...) }
-
 // handlers is how many messages are handled at once.
 func (c cell) handlers() int {
 	if c.kind == memory {
@@ -82,16 +82,14 @@ func (c cell) handlers() int {
 	return c.n
 }
 
-// job is what a worker is asked to do.
-type job struct {
-	Cell    string
-	Size    int // of the payload, in bytes
-	Seconds float64
-	Profile string // where the CPU profile goes, if anywhere
-}
+// The harness's types.
+type (
+	job    = harness.Job
+	result = harness.Result
+)
 
 // backlog returns how many messages wait when a cell begins.
-func (j job) backlog(c cell) int {
+func backlog(j job, c cell) int {
 	rate := float64(backlogRate)
 	switch c.kind { //nolint:exhaustive // the others are alike
 	case memory:
@@ -100,29 +98,4 @@ func (j job) backlog(c cell) int {
 		rate = 16 * float64(time.Second/slowTime)
 	}
 	return max(100, min(int(rate*j.Seconds), backlogMemory/j.Size))
-}
-
-// result is what came of a job.
-type result struct {
-	Peer, Cell  string
-	Size, Round int
-
-	Err      string        `json:",omitempty"`
-	Messages int64         // published or handled
-	Rate     float64       // messages a second
-	P50, P99 time.Duration // of the kind latency
-	Allocs   float64       // a message
-	CPU      time.Duration // of the worker's process, a message
-	Heap     float64       // of the kind memory: bytes in use, beyond those before it began
-	Lost     int64         // acknowledged and not there, or acknowledged to the server and not handled
-	Again    int64         // stored or handled twice
-	Disorder int64         // handled before an earlier one of the same key
-}
-
-func (r result) line() string {
-	if r.Err != "" {
-		return fmt.Sprintf("%d %-14s %-10s %6d  %s", r.Round, r.Peer, r.Cell, r.Size, r.Err)
-	}
-	return fmt.Sprintf("%d %-14s %-10s %6d  %9.0f/s  n %7d  p50 %v p99 %v  allocs %5.1f  cpu %v  lost %d again %d disorder %d",
-		r.Round, r.Peer, r.Cell, r.Size, r.Rate, r.Messages, r.P50, r.P99, r.Allocs, r.CPU, r.Lost, r.Again, r.Disorder)
 }

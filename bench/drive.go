@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 // cellRun is one cell as one peer runs it.
@@ -24,7 +26,7 @@ func (r *cellRun) duration() time.Duration {
 	if r.cell.kind == memory {
 		return memoryTime
 	}
-	return time.Duration(r.job.Seconds * float64(time.Second))
+	return r.job.Duration()
 }
 
 // publish has callers publish until the time is up. What was acknowledged must be there, once.
@@ -32,7 +34,7 @@ func (r *cellRun) publish(ctx context.Context) (result, error) {
 	if err := r.warmUp(ctx); err != nil {
 		return result{}, err
 	}
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, err
 	}
@@ -43,7 +45,7 @@ func (r *cellRun) publish(ctx context.Context) (result, error) {
 		err = r.publishSingly(ctx, r.cell.n, func() bool { return time.Now().Before(until) })
 	}
 	published := r.tally.next.Load()
-	res, stopErr := m.stop(published)
+	res, stopErr := m.Stop(published)
 	if err != nil || stopErr != nil {
 		return res, errors.Join(err, stopErr)
 	}
@@ -52,7 +54,7 @@ func (r *cellRun) publish(ctx context.Context) (result, error) {
 		return res, err
 	}
 	stored := int64(info.State.Msgs) - 1
-	res.Lost, res.Again = max(published-stored, 0), max(stored-published, 0)
+	res.Lost, res.Twice = max(published-stored, 0), max(stored-published, 0)
 	return res, nil
 }
 
@@ -100,7 +102,7 @@ func (r *cellRun) publishBatches(ctx context.Context, until time.Time) error {
 
 // drain has handlers work off a backlog until it is done or the time is up.
 func (r *cellRun) drain(ctx context.Context) (result, error) {
-	total := int64(r.job.backlog(r.cell))
+	total := int64(backlog(r.job, r.cell))
 	for from := int64(0); from < total; from += batchSize {
 		values := make([]*value, min(batchSize, total-from))
 		for i := range values {
@@ -126,12 +128,13 @@ func (r *cellRun) drain(ctx context.Context) (result, error) {
 		}
 	}
 	r.tally.expect(total)
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, err
 	}
+	heap := func() float64 { return 0 }
 	if r.cell.kind == memory {
-		m.watchHeap()
+		heap = watchHeap().stop
 	}
 	stop, err := r.session.handle(ctx, r.cell.handlers(), fn)
 	if err != nil {
@@ -142,7 +145,8 @@ func (r *cellRun) drain(ctx context.Context) (result, error) {
 	case <-time.After(r.duration()):
 	}
 	handled, took := r.tally.handled.Load(), time.Since(r.tally.began)-time.Duration(r.tally.first.Load())
-	res, err := m.stop(handled)
+	res, err := m.Stop(handled)
+	res.Heap = heap()
 	res.Rate = float64(handled) / took.Seconds() // from the first message on: what came before is done once
 	return r.check(ctx, res, errors.Join(err, stop()))
 }
@@ -152,7 +156,7 @@ func (r *cellRun) endToEnd(ctx context.Context) (result, error) {
 	t := r.tally
 	t.seen = make([]atomic.Uint32, int(maxRate*r.job.Seconds))
 	t.tokens = make(chan struct{}, window)
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, err
 	}
@@ -174,7 +178,7 @@ func (r *cellRun) endToEnd(ctx context.Context) (result, error) {
 	})
 	err = errors.Join(err, r.awaitAll())
 	took := time.Since(began)
-	res, stopErr := m.stop(t.handled.Load())
+	res, stopErr := m.Stop(t.handled.Load())
 	res.Rate = float64(res.Messages) / took.Seconds()
 	return r.check(ctx, res, errors.Join(err, stopErr, stop()))
 }
@@ -200,7 +204,7 @@ func (r *cellRun) latency(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, errors.Join(err, stop())
 	}
@@ -217,7 +221,7 @@ func (r *cellRun) latency(ctx context.Context) (result, error) {
 		err = errors.Join(err, <-errs)
 	}
 	err = errors.Join(err, r.awaitAll())
-	res, stopErr := m.stop(t.handled.Load())
+	res, stopErr := m.Stop(t.handled.Load())
 	res.P50, res.P99 = t.quantiles()
 	return r.check(ctx, res, errors.Join(err, stopErr, stop()))
 }
@@ -225,7 +229,7 @@ func (r *cellRun) latency(ctx context.Context) (result, error) {
 // check asks the server, when the handlers have stopped, which messages were acknowledged to it: each of them must have
 // been handled.
 func (r *cellRun) check(ctx context.Context, res result, err error) (result, error) {
-	res.Again, res.Disorder = r.tally.again.Load(), r.tally.disorder.Load()
+	res.Twice, res.Disorder = r.tally.again.Load(), r.tally.disorder.Load()
 	if err != nil {
 		return res, err
 	}

@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"time"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 // kind is a kind of work.
@@ -65,39 +67,8 @@ func allCells() []cell {
 	}
 }
 
-// job is what a worker is asked to do.
-type job struct {
-	Cell    string
-	Size    int // of the data of a message, in bytes
-	Seconds float64
-	Profile string // where the CPU profile goes, if anywhere
-}
-
-func (j job) duration() time.Duration { return time.Duration(j.Seconds * float64(time.Second)) }
-
-// result is what came of a job.
-type result struct {
-	Peer, Cell string
-	Round      int
-
-	Err      string        `json:",omitempty"`
-	Messages int64         // or transactions
-	Rate     float64       // a second
-	Base     float64       // the rate of the same work without messages
-	P50, P99 time.Duration // of the kind latency
-	CPU      time.Duration // of the worker's process, a message
-	WAL      float64       // bytes a message, with all that belongs to it
-	Dead     float64       // dead row versions a message
-	Backlog  int64         // messages that were left when the writers ended
-	Lost     int64         // committed and not in the stream, or not in the table
-	Again    int64         // in the stream twice
-	Disorder int64         // in the stream behind a later one of the same key
-}
-
-func (r result) line() string {
-	if r.Err != "" {
-		return fmt.Sprintf("%d %-14s %-10s %s", r.Round, r.Peer, r.Cell, r.Err)
-	}
-	return fmt.Sprintf("%d %-14s %-10s  %8.0f/s base %6.0f  n %6d  p50 %v p99 %v  cpu %v  wal %.0f dead %.3f backlog %d  lost %d again %d disorder %d",
-		r.Round, r.Peer, r.Cell, r.Rate, r.Base, r.Messages, r.P50, r.P99, r.CPU, r.WAL, r.Dead, r.Backlog, r.Lost, r.Again, r.Disorder)
-}
+// The harness's types.
+type (
+	job    = harness.Job
+	result = harness.Result
+)

@@ -13,6 +13,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 // cellRun is one cell as one peer runs it.
@@ -136,7 +138,7 @@ func (r *cellRun) drain(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, err
 	}
@@ -145,16 +147,15 @@ func (r *cellRun) drain(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	first, last, err := r.await(ctx, total, 2*r.job.duration()+time.Second)
-	res := result{Messages: last.n}
+	first, last, err := r.await(ctx, total, 2*r.job.Duration()+time.Second)
+	res, stopErr := m.Stop(max(last.n, 1))
+	res.Messages = last.n
 	if took := last.at.Sub(first.at).Seconds(); last.n > first.n {
 		res.Rate = float64(last.n-first.n) / took
 	} else { // all of it between two looks, or nothing
 		res.Rate = float64(last.n) / last.at.Sub(began).Seconds()
 	}
-	var cpuErr error
-	res.CPU, cpuErr = m.stop(max(last.n, 1))
-	if err := errors.Join(err, cpuErr, stop()); err != nil {
+	if err := errors.Join(err, stopErr, stop()); err != nil {
 		return res, err
 	}
 	if last.n < total { // it was not given the time: what was left is not lost
@@ -173,7 +174,7 @@ func (r *cellRun) read(ctx context.Context) (result, error) {
 	if !ok {
 		return result{}, errors.New("only Postrider reads without a stream")
 	}
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, err
 	}
@@ -190,10 +191,9 @@ func (r *cellRun) read(ctx context.Context) (result, error) {
 		time.Sleep(100 * time.Microsecond)
 	}
 	last := mark{s.n.Load(), time.Now()}
-	res := result{Messages: total, Rate: float64(last.n-first.n) / last.at.Sub(first.at).Seconds(), Lost: max(total-last.n, 0)}
-	var cpuErr error
-	res.CPU, cpuErr = m.stop(total)
-	return res, errors.Join(ctx.Err(), cpuErr, stop())
+	res, err := m.Stop(total)
+	res.Rate, res.Lost = float64(last.n-first.n)/last.at.Sub(first.at).Seconds(), max(total-last.n, 0)
+	return res, errors.Join(ctx.Err(), err, stop())
 }
 
 // latency commits at a steady pace, whether or not what came before has arrived, and takes the time from the end of COMMIT
@@ -224,7 +224,7 @@ func (r *cellRun) latency(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, errors.Join(err, stop())
 	}
@@ -245,10 +245,8 @@ func (r *cellRun) latency(ctx context.Context) (result, error) {
 	case <-time.After(drainTime):
 		err = errors.Join(err, fmt.Errorf("%d of %d messages have not arrived", missing.Load(), total))
 	}
-	res := result{Messages: int64(total)}
-	var cpuErr error
-	res.CPU, cpuErr = m.stop(res.Messages)
-	if err := errors.Join(err, cpuErr, stop()); err != nil {
+	res, stopErr := m.Stop(int64(total))
+	if err := errors.Join(err, stopErr, stop()); err != nil {
 		return res, err
 	}
 	delays := make([]time.Duration, total)
@@ -297,7 +295,7 @@ func (r *cellRun) check(ctx context.Context, res result, total int64) (result, e
 			return res, err
 		}
 		if seen[number] {
-			res.Again++
+			res.Twice++
 			continue
 		}
 		seen[number] = true

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/postrider/postrider/bench/internal/harness"
 )
 
 // together has n goroutines do something again and again until the time is up, and returns how often it was done and how long
@@ -36,14 +38,13 @@ func together(n int, d time.Duration, do func() error) (int64, time.Duration, er
 
 // turns has two kinds of work take turns with all writers, so that a slow moment meets both.
 func (r *cellRun) turns(with, without func() error) (result, error) {
-	var res result
-	var others int64
+	var n, others int64
 	var took, tookOthers time.Duration
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
-		return res, err
+		return result{}, err
 	}
-	pairs := max(2, int(2*r.job.duration()/slice)+1)
+	pairs := max(2, int(2*r.job.Duration()/slice)+1)
 	for i := range 2 * pairs {
 		d := slice
 		if i < 2 {
@@ -54,20 +55,19 @@ func (r *cellRun) turns(with, without func() error) (result, error) {
 		if !isWith {
 			work = without
 		}
-		n, t, err := together(writers, d, work)
+		done, t, err := together(writers, d, work)
 		switch {
 		case err != nil:
-			return res, err
+			return result{}, err
 		case i < 2:
 		case isWith:
-			res.Messages, took = res.Messages+n, took+t
+			n, took = n+done, took+t
 		default:
-			others, tookOthers = others+n, tookOthers+t
+			others, tookOthers = others+done, tookOthers+t
 		}
 	}
-	res.Rate, res.Base = float64(res.Messages)/took.Seconds(), float64(others)/tookOthers.Seconds()
-	_, err = m.stop(1)
-	return res, err
+	_, err = m.Stop(1) // what it cost is that of both
+	return result{Messages: n, Rate: float64(n) / took.Seconds(), Base: float64(others) / tookOthers.Seconds()}, err
 }
 
 // prepare makes the tables of the business and returns a transaction's part in them.
@@ -143,7 +143,7 @@ func (r *cellRun) insert(ctx context.Context) (result, error) {
 	if _, _, err := together(callers, slice, do); err != nil { // warms up
 		return result{}, err
 	}
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, err
 	}
@@ -151,12 +151,11 @@ func (r *cellRun) insert(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	n, took, err := together(callers, r.job.duration(), do)
+	n, took, err := together(callers, r.job.Duration(), do)
 	n *= int64(size)
-	res := result{Messages: n, Rate: float64(n) / took.Seconds()}
-	var cpuErr error
-	res.CPU, cpuErr = m.stop(n)
-	if err := errors.Join(err, cpuErr); err != nil {
+	res, stopErr := m.Stop(n)
+	res.Rate = float64(n) / took.Seconds()
+	if err := errors.Join(err, stopErr); err != nil {
 		return res, err
 	}
 	after, err := r.position(ctx)
@@ -172,7 +171,7 @@ func (r *cellRun) checkTable(ctx context.Context, res result) (result, error) {
 	var n int64
 	err := r.pool.QueryRow(ctx, "select count(*) from "+r.session.table()).Scan(&n)
 	published := r.numbers.Load()
-	res.Lost, res.Again = max(published-n, 0), max(n-published, 0)
+	res.Lost, res.Twice = max(published-n, 0), max(n-published, 0)
 	return res, err
 }
 
@@ -193,7 +192,7 @@ func (r *cellRun) sustained(ctx context.Context) (result, error) {
 	if _, _, err := together(r.cell.n, slice, do); err != nil { // warms up
 		return result{}, errors.Join(err, stop())
 	}
-	m, err := startMeter(r.job)
+	m, err := harness.StartMeter(r.job)
 	if err != nil {
 		return result{}, errors.Join(err, stop())
 	}
@@ -201,16 +200,14 @@ func (r *cellRun) sustained(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, errors.Join(err, stop())
 	}
-	n, took, err := together(r.cell.n, 3*r.job.duration(), do)
-	res := result{Messages: n, Rate: float64(n) / took.Seconds()}
+	n, took, err := together(r.cell.n, 3*r.job.Duration(), do)
 	sent, countErr := r.count(ctx)
-	res.Backlog = r.numbers.Load() - sent
+	backlog := r.numbers.Load() - sent
 	_, last, awaitErr := r.await(ctx, r.numbers.Load(), drainTime)
 	after, lsnErr := r.position(ctx)
-	res.WAL = float64(after-before) / float64(n)
-	var cpuErr error
-	res.CPU, cpuErr = m.stop(n)
-	if err := errors.Join(err, countErr, awaitErr, lsnErr, cpuErr, stop()); err != nil {
+	res, stopErr := m.Stop(n)
+	res.Rate, res.Backlog, res.WAL = float64(n)/took.Seconds(), backlog, float64(after-before)/float64(n)
+	if err := errors.Join(err, countErr, awaitErr, lsnErr, stopErr, stop()); err != nil {
 		return res, err
 	}
 	if last.n < r.numbers.Load() {

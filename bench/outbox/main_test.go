@@ -22,7 +22,7 @@ func TestEveryCell(t *testing.T) {
 		}
 	}()
 	for _, p := range allPeers() {
-		w, err := newWorker(t.Context(), p, addresses{stack.NATSURL, stack.PostgresURL})
+		w, err := newWorker(t.Context(), p, stack.NATSURL, stack.PostgresURL)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -38,8 +38,8 @@ func TestEveryCell(t *testing.T) {
 			if err != nil {
 				t.Errorf("%s %s: %v", p, c, err)
 			}
-			if r.Messages == 0 || r.Rate == 0 && r.P50 == 0 || r.Lost > 0 || r.Again > 0 || r.Disorder > 0 {
-				t.Error(r.line())
+			if r.Messages == 0 || r.Rate == 0 && r.P50 == 0 || r.Lost > 0 || r.Twice > 0 || r.Disorder > 0 {
+				t.Error(r)
 			}
 		}
 		w.close()
@@ -53,25 +53,25 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	rs := []result{
-		{Peer: "postrider", Cell: "drain", Messages: 10, Rate: 4000},
-		{Peer: "river", Cell: "drain", Messages: 10, Rate: 1000, Lost: 2},
-		{Peer: "postrider", Cell: "drain", Round: 1, Messages: 10, Rate: 6000},
-		{Peer: "river", Cell: "drain", Round: 1, Messages: 10, Rate: 1000},
-		{Peer: "postrider", Cell: "latency", P50: time.Millisecond, P99: 2 * time.Millisecond},
-		{Peer: "river", Cell: "latency", P50: 2 * time.Millisecond, P99: 8 * time.Millisecond},
-		{Peer: "postrider", Cell: "tx-1", Rate: 900, Base: 1000},
-		{Peer: "river", Cell: "tx-1", Err: "it broke"},
+		{Peer: "postrider", Cell: "drain", Size: 256, Messages: 10, Rate: 4000},
+		{Peer: "river", Cell: "drain", Size: 256, Messages: 10, Rate: 1000, Lost: 2},
+		{Peer: "postrider", Cell: "drain", Size: 256, Round: 1, Messages: 10, Rate: 6000},
+		{Peer: "river", Cell: "drain", Size: 256, Round: 1, Messages: 10, Rate: 1000},
+		{Peer: "postrider", Cell: "latency", Size: 256, P50: time.Millisecond, P99: 2 * time.Millisecond},
+		{Peer: "river", Cell: "latency", Size: 256, P50: 2 * time.Millisecond, P99: 8 * time.Millisecond},
+		{Peer: "postrider", Cell: "tx-1", Size: 256, Rate: 900, Base: 1000},
+		{Peer: "river", Cell: "tx-1", Size: 256, Err: "it broke"},
 	}
 	var b strings.Builder
-	if err := report(&b, p, rs, time.Second); err != nil {
+	if err := report(&b, p, rs); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
 		"| drain | 5.0 k | 1.0 k (5.00) |",
 		"| latency | 1.00 / 2.00 | 2.00 (0.50) / 8.00 (0.25) |",
 		"| tx-1 | 900 (0.90) |",
-		"- river, drain, round 1: 2 of 10 lost",
-		"- river, tx-1, round 1: it broke",
+		"- river, drain, 256 bytes, round 1: 2 of 10 lost",
+		"- river, tx-1, 256 bytes, round 1: it broke",
 	} {
 		if !strings.Contains(b.String(), want) {
 			t.Errorf("the report lacks %q:\n%s", want, b.String())

@@ -1,5 +1,5 @@
-// Package harness is what the two programs of this module share: processes that talk in JSON, figures of the process, lists
-// of names to choose from, and medians.
+// Package harness is what the two programs of this module share: flags, processes that talk in JSON and measure in turns, figures
+// of the process, and what tables are made of.
 package harness
 
 import (
@@ -7,8 +7,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
-	"time"
 )
 
 // Names returns the names of all, for a text.
@@ -20,16 +18,15 @@ func Names[T fmt.Stringer](all []T) []string {
 	return texts
 }
 
-// Choose returns those of all that a comma-separated list names, in the order of all; "all" is all of them.
-func Choose[T fmt.Stringer](option, list string, all []T, matches func(name, want string) bool) ([]T, error) {
-	if list == "all" {
-		return all, nil
-	}
+// choose returns those of all that a comma-separated list names, in the order of all. A name without its number stands for
+// all numbers: drain is drain-1 and drain-16.
+func choose[T fmt.Stringer](option, list string, all []T) ([]T, error) {
 	chosen := make([]bool, len(all))
 	for want := range strings.SplitSeq(list, ",") {
 		found := false
 		for i, n := range all {
-			if matches(n.String(), want) {
+			number, numbered := strings.CutPrefix(n.String(), want+"-")
+			if n.String() == want || numbered && strings.Trim(number, "0123456789") == "" {
 				chosen[i], found = true, true
 			}
 		}
@@ -63,30 +60,4 @@ func Rate(n float64) string {
 	default:
 		return strconv.FormatFloat(n, 'f', 0, 64)
 	}
-}
-
-// CPUTime is the time that this process has spent, in its own code and in the kernel.
-func CPUTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
-// Troubles says what should not have happened with n messages, "" if all was well.
-func Troubles(n, lost, again, disorder int64, err string) string {
-	var what []string
-	for _, w := range []struct {
-		n    int64
-		text string
-	}{{lost, "lost"}, {again, "twice"}, {disorder, "out of order"}} {
-		if w.n > 0 {
-			what = append(what, fmt.Sprintf("%d of %d %s", w.n, n, w.text))
-		}
-	}
-	if err != "" {
-		what = append(what, strings.ReplaceAll(err, "\n", "; "))
-	}
-	return strings.Join(what, ", ")
 }

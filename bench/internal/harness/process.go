@@ -13,18 +13,18 @@ import (
 
 const endTimeout = 10 * time.Second
 
-// Process is a child of this program: the program itself, in a role that its first argument names. They talk in JSON
+// process is a child of this program: the program itself, in a role that its first argument names. They talk in JSON
 // lines, and the child ends when its standard input does, so that nothing outlives the program that a person started,
 // however that ends.
-type Process struct {
+type process struct {
 	role  string
 	cmd   *exec.Cmd
 	in    io.WriteCloser
 	lines chan json.RawMessage // closed when the child's output ends
 }
 
-// Start starts a child. The caller ends it.
-func Start(ctx context.Context, role string, args ...string) (*Process, error) {
+// start starts a child. The caller ends it.
+func start(ctx context.Context, role string, args ...string) (*process, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, fmt.Errorf("start the %s: %w", role, err)
@@ -43,7 +43,7 @@ func Start(ctx context.Context, role string, args ...string) (*Process, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start the %s: %w", role, err)
 	}
-	p := &Process{role: role, cmd: cmd, in: in, lines: make(chan json.RawMessage)}
+	p := &process{role: role, cmd: cmd, in: in, lines: make(chan json.RawMessage)}
 	go func() {
 		defer close(p.lines)
 		for d := json.NewDecoder(out); ; {
@@ -57,8 +57,8 @@ func Start(ctx context.Context, role string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-// Receive waits for the child's next answer.
-func (p *Process) Receive(v any, timeout time.Duration) error {
+// receive waits for the child's next answer.
+func (p *process) receive(v any, timeout time.Duration) error {
 	select {
 	case line, ok := <-p.lines:
 		if !ok {
@@ -70,16 +70,16 @@ func (p *Process) Receive(v any, timeout time.Duration) error {
 	}
 }
 
-// Ask sends the child a question and waits for the answer.
-func (p *Process) Ask(question, answer any, timeout time.Duration) error {
+// ask sends the child a question and waits for the answer.
+func (p *process) ask(question, answer any, timeout time.Duration) error {
 	if err := json.NewEncoder(p.in).Encode(question); err != nil {
 		return fmt.Errorf("ask the %s: %w", p.role, err)
 	}
-	return p.Receive(answer, timeout)
+	return p.receive(answer, timeout)
 }
 
-// End closes the child's input and waits until it is gone; one that does not go is killed.
-func (p *Process) End() error {
+// end closes the child's input and waits until it is gone; one that does not go is killed.
+func (p *process) end() error {
 	_ = p.in.Close() // it may have ended by itself
 	go func() {
 		for range p.lines { // nobody waits for what it still says
@@ -92,19 +92,4 @@ func (p *Process) End() error {
 		return fmt.Errorf("end the %s: %w", p.role, err)
 	}
 	return nil
-}
-
-// Answer is the child's side of Ask: it answers one question after the other until there are no more.
-func Answer[Q, A any](in io.Reader, out io.Writer, answer func(Q) A) error {
-	for d, e := json.NewDecoder(in), json.NewEncoder(out); ; {
-		var q Q
-		if err := d.Decode(&q); errors.Is(err, io.EOF) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		if err := e.Encode(answer(q)); err != nil {
-			return err
-		}
-	}
 }
