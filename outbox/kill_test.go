@@ -29,7 +29,7 @@ type scene struct {
 
 	pool  *pgxpool.Pool
 	ob    *outbox.Outbox
-	nats  *postridertest.NATSServer
+	nats  *natsProcess
 	store *idempotency.Store
 	audit outbox.AuditConfig
 	js    jetstream.JetStream
@@ -40,7 +40,7 @@ type scene struct {
 func newScene(t *testing.T) *scene {
 	t.Helper()
 	ctx := t.Context()
-	s := &scene{TB: t, nats: postridertest.NewNATS(t)}
+	s := &scene{TB: t, nats: newNATSProcess(t)}
 	s.pool, s.ob = proofSetup(t)
 	if _, err := s.pool.Exec(ctx, `create table effects (n bigserial primary key, key text, id text)`); err != nil {
 		t.Fatal(err)
@@ -56,7 +56,7 @@ func newScene(t *testing.T) *scene {
 		_, err := tx.Exec(ctx, `insert into effects (key, id) values ($1, $2)`, e.Key(), e.ID)
 		return err
 	})
-	nc := s.nats.Connect()
+	nc := s.nats.connect()
 	b := newBus(t, nc, handler)
 	if s.js, err = jetstream.New(nc); err != nil {
 		t.Fatal(err)

@@ -19,9 +19,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if config := os.Getenv(processEnv); config != "" {
-		fmt.Fprintln(os.Stderr, relayProcess(config))
-		os.Exit(1)
+	for env, process := range map[string]func(string) error{processEnv: relayProcess, brokerEnv: brokerProcess} {
+		if config := os.Getenv(env); config != "" {
+			fmt.Fprintln(os.Stderr, process(config))
+			os.Exit(1)
+		}
 	}
 	os.Exit(postridertest.Main(m))
 }
