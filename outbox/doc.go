@@ -66,7 +66,7 @@
 // [Outbox.Status] tells from the database what waits, for how long, who sends it and what went wrong last; [Outbox.Pause] and
 // [Outbox.Resume] stop and start the sending, whoever runs the relay. [RelayConfig.Metrics] and [Relay.Stats] are for the
 // metrics of the relay's own process. [Outbox.DeadLetters] lists what was refused for good, publishes it again or discards
-// it; [Outbox.Resend] publishes again what was sent and is retained. Who did what, and why, is in the table
+// it; [Outbox.Resend] publishes again what was sent and is retained. Both take what a [Filter] selects. Who did what, and why, is in the table
 // postrider_outbox_log.
 //
 // # Many schemas
