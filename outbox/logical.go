@@ -17,7 +17,9 @@ const (
 	// LogicalAuto uses logical replication where it can be had. Where it cannot, that is logged at level Info.
 	LogicalAuto
 
-	// LogicalOn is LogicalAuto for who relies on it: where it cannot be had, that is logged at level Warn.
+	// LogicalOn is for who relies on it. If somebody must do something before it can be had (wal_level, the right to replicate, the
+	// publication, a replication slot or WAL sender at all), Relay.Run fails at its start with FailedPrecondition. Later, and
+	// for what passes, the tables are read as with LogicalAuto: that is logged at level Warn, and in Status.LastError.
 	LogicalOn
 )
 
@@ -26,7 +28,7 @@ const (
 //
 // It needs PostgreSQL 14, wal_level=logical, a role with REPLICATION, a free replication slot and WAL sender, and a publication of
 // the table. The relay makes the publication if its role owns the table and may CREATE in the database; else somebody else does,
-// for the schema postrider:
+// for the schema postrider (a schema of more than 46 bytes is shortened in the name, see the log):
 //
 //	create publication postrider_outbox_postrider for table postrider.postrider_outbox
 //		with (publish = 'insert', publish_via_partition_root = true);

@@ -1,20 +1,16 @@
 package outbox_test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/postrider/postrider"
@@ -34,11 +30,14 @@ func TestLogical(t *testing.T) {
 		"paused":               testLogicalPaused,
 		"too much WAL":         testLogicalTooMuchWAL,
 		"publication altered":  testLogicalPublicationAltered,
+		"publication unseen":   testLogicalPublicationUnseen,
 		"publication not ours": testLogicalPublicationNotOurs,
+		"unlogged":             testLogicalUnlogged,
 		"no right":             testLogicalNoRight,
 		"wrong database":       testLogicalWrongDatabase,
 		"publisher stuck":      testLogicalPublisherStuck,
-		"killed process":       testLogicalKilledProcess,
+		"must be":              testLogicalMustBe,
+		"long names":           testLogicalLongNames,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -230,6 +229,53 @@ func testLogicalPublicationAltered(t *testing.T, pool *pgxpool.Pool, cfg outbox.
 	wantRows(t, pool, "pg_publication", 0)
 }
 
+// The publication is altered by a transaction whose commit is in the WAL, where the feed goes by it, and which no snapshot sees yet.
+func testLogicalPublicationUnseen(t *testing.T, pool *pgxpool.Pool, cfg outbox.RelayConfig) {
+	t.Helper()
+	b := &broker{}
+	relay, _ := start(t, pool, b, cfg)
+	msgs := messages(30)
+	for i, change := range []string{
+		`alter publication postrider_outbox_postrider set (publish = 'update')`,
+		`alter publication postrider_outbox_postrider drop table postrider.postrider_outbox`,
+	} {
+		wantLogical(t, relay, true)
+		const waits = `pg_stat_activity where datname = current_database() and wait_event = 'SyncRep'`
+		altered := make(chan error, 1)
+		go func() {
+			_, err := pool.Exec(t.Context(), `begin; set local synchronous_commit = on; `+change+`; commit`)
+			altered <- err
+		}()
+		wantRows(t, pool, waits, 1)
+		publish(t, pool, cfg.Outbox, msgs[10*i:10*i+10]...)
+		wantIDs(t, b, ids(msgs[:10*i+10])...)
+		wantRows(t, pool, waits, 1)
+		execute(t, pool, `select pg_cancel_backend(pid) from `+waits)
+		if err := <-altered; err != nil {
+			t.Fatal(err)
+		}
+		execute(t, pool, `drop publication if exists postrider_outbox_postrider`)
+	}
+	wantLogical(t, relay, true)
+	publish(t, pool, cfg.Outbox, msgs[20:]...)
+	wantIDs(t, b, ids(msgs)...)
+}
+
+// What goes to a table without WAL does not come through the feed.
+func testLogicalUnlogged(t *testing.T, pool *pgxpool.Pool, cfg outbox.RelayConfig) {
+	t.Helper()
+	b := &broker{}
+	relay, _ := start(t, pool, b, cfg)
+	wantLogical(t, relay, true)
+	for i := range 3 {
+		execute(t, pool, fmt.Sprintf(`alter table postrider.postrider_outbox_%d set unlogged`, i))
+	}
+	msgs := messages(10)
+	publish(t, pool, cfg.Outbox, msgs...)
+	wantIDs(t, b, ids(msgs)...)
+	wantLogical(t, relay, false)
+}
+
 func testLogicalPublicationNotOurs(t *testing.T, pool *pgxpool.Pool, cfg outbox.RelayConfig) {
 	t.Helper()
 	ctx := t.Context()
@@ -358,108 +404,59 @@ func testLogicalPublisherStuck(t *testing.T, pool *pgxpool.Pool, cfg outbox.Rela
 	wantLogical(t, relay, true)
 }
 
-// killedEnv makes TestLogicalProcess the process that is killed; its value is the address of its database.
-const killedEnv = "POSTRIDER_LOGICAL_RELAY"
-
-// lines tells the ids of what it accepts.
-type lines struct{}
-
-func (lines) Publish(_ context.Context, msgs ...*postrider.Message) error {
-	var b strings.Builder
-	for _, m := range msgs {
-		b.WriteString(m.ID + "\n")
-	}
-	_, err := os.Stdout.WriteString(b.String())
-	return err
-}
-
-func TestLogicalProcess(t *testing.T) {
-	url := os.Getenv(killedEnv)
-	if url == "" {
-		t.Skip("is run by TestLogical")
-	}
-	pool, err := pgxpool.New(t.Context(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
-	ob, err := outbox.New(outbox.Config{Source: "//shop/orders"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := quick(ob)
-	cfg.Logical.Mode = outbox.LogicalOn
-	relay, err := outbox.NewRelay(pool, lines{}, cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := relay.Run(t.Context()); err != nil { // until killed
-		t.Fatal(err)
-	}
-}
-
-// kill -9 in the middle of the feed.
-func testLogicalKilledProcess(t *testing.T, pool *pgxpool.Pool, cfg outbox.RelayConfig) {
+// LogicalOn is an error where somebody must do something first.
+func testLogicalMustBe(t *testing.T, pool *pgxpool.Pool, cfg outbox.RelayConfig) {
 	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(exe, "-test.run=^TestLogicalProcess$")
-	cmd.Env = append(os.Environ(), killedEnv+"="+databaseURL(pool))
-	cmd.Stderr = t.Output()
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
-	wantSlots(t, pool, 1)
-
-	ctx, cancel := context.WithCancel(t.Context())
-	published := make(chan []string)
-	go func() {
-		var all []string
-		for ctx.Err() == nil {
-			m := message(fmt.Sprint(len(all)), "")
-			err := pgx.BeginFunc(context.WithoutCancel(ctx), pool, func(tx pgx.Tx) error {
-				return cfg.Outbox.In(tx).Publish(context.WithoutCancel(ctx), m)
-			})
-			if err != nil {
-				t.Error(err)
-				break
-			}
-			all = append(all, m.ID)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cfg.Logical.Mode = outbox.LogicalOn
+	want := func(in *pgxpool.Pool, text string) {
+		t.Helper()
+		relay, err := outbox.NewRelay(in, &broker{}, cfg)
+		if err != nil {
+			t.Fatal(err)
 		}
-		published <- all
-	}()
-	var told []string
-	for scan := bufio.NewScanner(out); scan.Scan(); {
-		if told = append(told, scan.Text()); len(told) == 200 {
-			if err := cmd.Process.Kill(); err != nil {
-				t.Fatal(err)
-			}
+		err = relay.Run(ctx)
+		if wantCode(t, err, postrider.FailedPrecondition); !strings.Contains(err.Error(), text) {
+			t.Errorf("%v: want %q in it", err, text)
 		}
 	}
-	_ = cmd.Wait() // says that it was killed
-	wantSlots(t, pool, 0)
-	b := &broker{}
-	relay, _ := start(t, pool, b, cfg)
+	role := "mute_" + strings.ReplaceAll(postrider.NewID(), "-", "_")
+	execute(t, pool, `create role `+role+` login password 'secret'; grant all on schema postrider to `+role+`;
+		grant all on all tables in schema postrider to `+role+`; grant all on all sequences in schema postrider to `+role)
+	limited := clonePool(t, pool, func(cfg *pgxpool.Config) { cfg.ConnConfig.User, cfg.ConnConfig.Password = role, "secret" })
+	want(limited, "ALTER ROLE ... REPLICATION")
+	execute(t, pool, `alter role `+role+` replication`)
+	want(limited, "make publication")
+	execute(t, pool, `create publication postrider_outbox_postrider for all tables`)
+	want(pool, "drop it")
+	execute(t, pool, `drop publication postrider_outbox_postrider`)
+	relay, _ := start(t, pool, &broker{}, cfg)
 	wantLogical(t, relay, true)
-	cancel()
-	want := <-published
-	postridertest.Eventually(t, func() error {
-		got := map[string]bool{}
-		for _, id := range append(b.ids(), told...) {
-			got[id] = true
+	execute(t, pool, `alter publication postrider_outbox_postrider set (publish = 'delete')`)
+	wantLogical(t, relay, false)
+	wantStatus(t, pool, cfg.Outbox, func(s outbox.Status) bool { return strings.Contains(s.LastError, "no logical replication: ") })
+}
+
+// Schemas whose names differ behind what a publication's name has room for.
+func testLogicalLongNames(t *testing.T, pool *pgxpool.Pool, cfg outbox.RelayConfig) {
+	t.Helper()
+	for i := range 2 {
+		schema := strings.Repeat("s", 62) + fmt.Sprint(i)
+		if err := outbox.Migrate(t.Context(), pool, schema); err != nil {
+			t.Fatal(err)
 		}
-		if i := slices.IndexFunc(want, func(id string) bool { return !got[id] }); i >= 0 {
-			return fmt.Errorf("message %s of %d is not sent", want[i], len(want))
+		ob, err := outbox.New(outbox.Config{Source: "//shop/orders", Schema: schema})
+		if err != nil {
+			t.Fatal(err)
 		}
-		return nil
-	})
+		cfg.Outbox, cfg.Logical.Mode = ob, outbox.LogicalOn
+		b := &broker{}
+		relay, _ := start(t, pool, b, cfg)
+		wantLogical(t, relay, true)
+		publish(t, pool, ob, message("1", "key"))
+		wantIDs(t, b, "1")
+	}
 }
 
 // What was committed before the slot's beginning and not read by then comes from the tables, what was read by then does not come
@@ -542,14 +539,21 @@ func TestLogicalServer(t *testing.T) {
 	publish(t, pool, cfg.Outbox, msgs[20:30]...)
 	wantIDs(t, b, ids(msgs[:30])...)
 
-	setWALLevel(t, server, "replica")
+	alterServer(t, server, "wal_level = replica")
 	postridertest.Eventually(t, func() error { return pool.Ping(ctx) })
+	must := cfg
+	must.Logical.Mode = outbox.LogicalOn
+	if other, err := outbox.NewRelay(pool, b, must); err != nil {
+		t.Fatal(err)
+	} else if err = other.Run(ctx); !errors.Is(err, postrider.FailedPrecondition) || !strings.Contains(err.Error(), "wal_level") {
+		t.Errorf("LogicalOn: %v", err)
+	}
 	publish(t, pool, cfg.Outbox, msgs[30:40]...)
 	wantIDs(t, b, ids(msgs[:40])...)
 	if relay.Stats().Logical {
 		t.Error("logical replication without wal_level=logical")
 	}
-	setWALLevel(t, server, "logical")
+	alterServer(t, server, "wal_level = logical")
 	postridertest.Eventually(t, func() error { return pool.Ping(ctx) })
 	publish(t, pool, cfg.Outbox, msgs[40:50]...)
 	wantIDs(t, b, ids(msgs[:50])...)

@@ -2,7 +2,9 @@ package outbox
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -40,10 +42,15 @@ type feed struct {
 	err   error     // why no more comes
 }
 
-// publicationName is at most 63 bytes, as PostgreSQL cuts it.
+// publicationName is at most 63 bytes, what PostgreSQL takes, and another one for each schema of the database.
 func publicationName(schema string) string {
+	const limit, digits = 63, 8
 	name := "postrider_outbox_" + schema
-	return name[:min(len(name), 63)]
+	if len(name) <= limit {
+		return name
+	}
+	sum := sha256.Sum256([]byte(schema))
+	return name[:limit-1-digits] + "_" + hex.EncodeToString(sum[:digits/2])
 }
 
 // replicationConfig is for connections beside the pool's. The limits are kept by the server, so they hold when we are gone.
@@ -72,9 +79,9 @@ func (r *Relay) replicationConfig(ctx context.Context) (*pgconn.Config, error) {
 
 func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) + "ms" }
 
-// openFeed connects and makes a slot. It may take long: a slot begins where no transaction is open that was open when it was asked
-// for.
-func (r *Relay) openFeed(ctx context.Context) (*feed, error) {
+// openFeed connects and makes what is missing of publication and slot, the latter only if it is wanted. It may take long: a slot
+// begins where no transaction is open that was open when it was asked for.
+func (r *Relay) openFeed(ctx context.Context, slot bool) (*feed, error) {
 	cfg, err := r.replicationConfig(ctx)
 	if err != nil {
 		return nil, err
@@ -88,15 +95,19 @@ func (r *Relay) openFeed(ctx context.Context) (*feed, error) {
 		decoder: decoder{schema: r.outbox.cfg.Schema}, maxRows: r.cfg.BatchSize, came: make(chan struct{}, 1),
 	}
 	f.room.L = &f.mu
-	if err := f.prepare(ctx, r.feedQueries); err != nil {
+	err = f.publish(ctx, r.feedQueries) // first: the slot knows of the publications that were there before it
+	if err == nil && slot {
+		err = f.makeSlot(ctx)
+	}
+	if err != nil {
 		f.close()
 		return nil, err
 	}
 	return f, nil
 }
 
-// prepare makes the publication, if there is none, and the slot. The slot knows of the publications that were there before it.
-func (f *feed) prepare(ctx context.Context, q feedQueries) error {
+// publish makes the publication, if there is none.
+func (f *feed) publish(ctx context.Context, q feedQueries) error {
 	var err error
 	if f.publication, err = f.ask(ctx, q.publication); err != nil {
 		return fmt.Errorf("look for publication: %w", err)
@@ -109,10 +120,14 @@ func (f *feed) prepare(ctx context.Context, q feedQueries) error {
 			return fmt.Errorf("look for publication: %w", err)
 		}
 		if f.publication == "" {
-			return fmt.Errorf("publication %s does not publish the inserts of the outbox, all of them: drop it, the relay makes a new one",
-				publicationName(f.decoder.schema))
+			return postrider.Errorf(postrider.FailedPrecondition, "publication %s does not publish the inserts of the outbox, all of them: "+
+				"drop it, the relay makes a new one; or a table of the outbox is unlogged", publicationName(f.decoder.schema))
 		}
 	}
+	return nil
+}
+
+func (f *feed) makeSlot(ctx context.Context) error {
 	results, err := f.conn.Exec(ctx, `CREATE_REPLICATION_SLOT `+f.slot+` TEMPORARY LOGICAL pgoutput EXPORT_SNAPSHOT`).ReadAll()
 	if err != nil {
 		return fmt.Errorf("make replication slot: %w", err)
@@ -122,6 +137,54 @@ func (f *feed) prepare(ctx context.Context, q feedQueries) error {
 	}
 	f.snapshot = string(results[0].Rows[0][2])
 	return nil
+}
+
+// mayFeed fails with FailedPrecondition if there is no logical replication before somebody has done something for it.
+func (r *Relay) mayFeed(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, slotWait)
+	defer cancel()
+	problem, err := r.feedProblem(ctx, r.pool)
+	if err != nil {
+		return err
+	}
+	if problem == nil {
+		var f *feed
+		if f, problem = r.openFeed(ctx, false); problem == nil {
+			f.close()
+			return nil
+		}
+	}
+	if errors.Is(problem, postrider.FailedPrecondition) || hasState(problem, noRight, undefinedTable, undefinedSchema, readOnly) {
+		return postrider.Errorf(postrider.FailedPrecondition, "outbox: LogicalConfig.Mode is LogicalOn: no logical replication: %w", problem)
+	}
+	return nil // it may pass; the term says what it is
+}
+
+// rower is a pool or a connection.
+type rower interface {
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// feedProblem says what is missing for logical replication by the settings of the server and the rights of the role.
+func (r *Relay) feedProblem(ctx context.Context, db rower) (problem, err error) {
+	var level string
+	var may, room bool
+	if err := db.QueryRow(ctx, r.feedQueries.mayReplicate).Scan(&level, &may, &room); err != nil {
+		return nil, fmt.Errorf("outbox: read wal_level: %w", err)
+	}
+	missing := func(format string, args ...any) (error, error) {
+		return postrider.Errorf(postrider.FailedPrecondition, format, args...), nil
+	}
+	switch {
+	case level != "logical":
+		return missing("wal_level is %s: it needs logical, and a restart of the server", level)
+	case !room:
+		return missing("max_replication_slots or max_wal_senders is 0: it needs one of each, and a restart of the server")
+	case !may && r.cfg.Logical.URL == "":
+		return missing("the role may not replicate: ALTER ROLE ... REPLICATION")
+	default:
+		return nil, nil
+	}
 }
 
 // ask returns the first value of the first row, "" if there is none. Replication connections know only the simple protocol.

@@ -20,18 +20,24 @@ func newFeedQueries(schema string) feedQueries {
 		":relay", pgx.Identifier{schema, "postrider_outbox_relay"}.Sanitize(),
 		":publication", pgx.Identifier{publicationName(schema)}.Sanitize(),
 		":name", "'"+publicationName(schema)+"'", ":class", "'"+table+"'",
-		// What the publication is, NULL if it is not there or passes over some inserts. Any change of it gives a row another xmin.
+		// What the publication is, NULL if it is not there or passes over some inserts. Any change of it gives a row another xmin. Its
+		// commit is in the WAL, where the feed obeys it, before a snapshot sees it, and with a synchronous standby that is away
+		// long before; but the old version of the row, which the snapshot still sees, has its xmax from before that commit on.
 		// Row filters and column lists came with PostgreSQL 15.
 		":state", `(
-				select concat_ws(' ', p.oid, p.xmin, r.oid, r.xmin) from pg_publication as p join pg_publication_rel as r on r.prpubid = p.oid
+				select concat_ws(' ', p.oid, p.xmin, p.xmax, r.oid, r.xmin, r.xmax)
+				from pg_publication as p join pg_publication_rel as r on r.prpubid = p.oid
 				where p.pubname = :name and p.pubinsert and p.pubviaroot and r.prrelid = to_regclass(:class)
-					and to_jsonb(r)->>'prqual' is null and to_jsonb(r)->>'prattrs' is null)`,
+					and to_jsonb(r)->>'prqual' is null and to_jsonb(r)->>'prattrs' is null
+					and not exists (select from pg_inherits as i join pg_class as c on c.oid = i.inhrelid
+						where i.inhparent = r.prrelid and c.relpersistence <> 'p'))`,
 	)
 	// Twice, since the state has names in it.
 	fill := func(sql string) string { return in.Replace(in.Replace(sql)) }
 	return feedQueries{
 		mayReplicate: `
-			select current_setting('wal_level'), coalesce((select rolreplication or rolsuper from pg_roles where rolname = session_user), false)`,
+			select current_setting('wal_level'), coalesce((select rolreplication or rolsuper from pg_roles where rolname = session_user), false),
+				current_setting('max_replication_slots')::int > 0 and current_setting('max_wal_senders')::int > 0`,
 
 		// The probe of queries with the end of the WAL, read after the snapshot, what WAL the slot $1 keeps, NULL if there is no slot,
 		// and the publication in the same snapshot. Shared memory and catalogues, beside what the other one reads.

@@ -16,24 +16,27 @@ import (
 	"github.com/postrider/postrider/postridertest"
 )
 
-// logicalServer is a PostgreSQL of the test's own with wal_level=logical.
+// logicalServer is a PostgreSQL of the test's own with wal_level=logical. Who sets synchronous_commit to on there waits with a commit
+// until it is cancelled: it is in the WAL, and nobody sees it.
 func logicalServer(t testing.TB) *postridertest.PostgresServer {
 	t.Helper()
 	server := postridertest.NewPostgres(t)
-	setWALLevel(t, server, "logical")
+	alterServer(t, server, "wal_level = logical", "synchronous_commit = local", "synchronous_standby_names = 'nobody'")
 	return server
 }
 
-// setWALLevel restarts the server.
-func setWALLevel(t testing.TB, server *postridertest.PostgresServer, level string) {
+// alterServer restarts the server with other settings.
+func alterServer(t testing.TB, server *postridertest.PostgresServer, settings ...string) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), server.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close(t.Context())
-	if _, err := conn.Exec(t.Context(), `alter system set wal_level = `+level); err != nil {
-		t.Fatal(err)
+	for _, setting := range settings {
+		if _, err := conn.Exec(t.Context(), `alter system set `+setting); err != nil {
+			t.Fatal(err)
+		}
 	}
 	server.Stop()
 	server.Start()
@@ -59,7 +62,7 @@ func logicalSetup(t testing.TB, server *postridertest.PostgresServer) (*pgxpool.
 		t.Fatal(err)
 	}
 	cfg := quick(ob)
-	cfg.Logical.Mode = outbox.LogicalOn
+	cfg.Logical.Mode = outbox.LogicalAuto
 	return pool, cfg
 }
 

@@ -50,7 +50,7 @@ var promises = []struct {
 		"../bus TestRelaySendsAgainWhatAPowerCutHasLost", "../bus TestRelayWritesNoMarkOfWhatIsLost",
 		"../bus TestRelayIsNotDeceivedByNewSequences", "../bus TestRelayAfterDeletionAndPurge",
 	}},
-	{"a replication slot outlives its relay", []string{"TestLogical", "TestLogicalServer"}},
+	{"a replication slot outlives its relay", []string{"TestLogical", "TestLogicalServer", "TestLogicalProcesses"}},
 	{"a message is sent though its transaction was rolled back", []string{
 		"TestCommittedIsSentAndRolledBackIsNot", "TestProof", "TestMessagesGoWithTheCommit",
 	}},

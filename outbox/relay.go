@@ -187,7 +187,7 @@ func retry() postrider.RetryPolicy {
 
 // Run sends until ctx ends. Then it finishes the batch in flight, writes how far it is, gives the lease back so that another
 // relay goes on at once, and returns nil. A database or a publisher that is away is waited for; only an outbox that is
-// not migrated or whose sequence was altered is an error.
+// not migrated or whose sequence was altered is an error, and what [LogicalOn] says.
 func (r *Relay) Run(ctx context.Context) error {
 	state := "" // the last that was logged, so that each change is logged once
 	say := func(level slog.Level, msg string, args ...any) {
@@ -198,8 +198,17 @@ func (r *Relay) Run(ctx context.Context) error {
 	}
 	defer r.hearPokes(ctx)()
 	owner, search := ownerName(), false
+	mustFeed := r.cfg.Logical.Mode == LogicalOn
 	for attempt := 1; ctx.Err() == nil; attempt++ {
-		t, err := r.newTerm(ctx, owner, search)
+		var t *term
+		var err error
+		if mustFeed {
+			err = r.mayFeed(ctx)
+			mustFeed = err != nil
+		}
+		if err == nil {
+			t, err = r.newTerm(ctx, owner, search)
+		}
 		switch {
 		case errors.Is(err, postrider.FailedPrecondition):
 			return err

@@ -2,7 +2,6 @@ package outbox
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -65,17 +64,10 @@ func (t *term) seekFeed() error {
 	if t.r.cfg.Logical.Mode == LogicalOff || f.opened != nil || f.feed != nil || t.paused || time.Now().Before(f.retry) {
 		return nil
 	}
-	var level string
-	var may bool
-	if err := t.conn.QueryRow(t.ctx, t.r.feedQueries.mayReplicate).Scan(&level, &may); err != nil {
-		return fmt.Errorf("outbox: read wal_level: %w", err)
-	}
-	switch {
-	case level != "logical":
-		t.noFeed(fmt.Errorf("wal_level is %s: it needs logical, and a restart of the server", level))
-		return nil
-	case !may && t.r.cfg.Logical.URL == "":
-		t.noFeed(errors.New("the role may not replicate: ALTER ROLE ... REPLICATION"))
+	if problem, err := t.r.feedProblem(t.ctx, t.conn); err != nil {
+		return err
+	} else if problem != nil {
+		t.noFeed(problem)
 		return nil
 	}
 	result := make(chan opened, 1)
@@ -83,7 +75,7 @@ func (t *term) seekFeed() error {
 	go func() {
 		ctx, cancel := context.WithTimeout(t.ctx, 3*slotWait)
 		defer cancel()
-		feed, err := t.r.openFeed(ctx)
+		feed, err := t.r.openFeed(ctx, true)
 		result <- opened{feed, err}
 	}()
 	return nil
@@ -102,6 +94,7 @@ func (t *term) noFeed(problem error) {
 		level := slog.LevelInfo
 		if t.r.cfg.Logical.Mode == LogicalOn {
 			level = slog.LevelWarn
+			t.r.fail(fmt.Errorf("no logical replication: %w", problem))
 		}
 		t.r.log.Log(t.ctx, level, "no logical replication, the tables are read", "error", problem)
 	}

@@ -238,6 +238,8 @@ const (
 	undefinedTable  = "42P01"
 	undefinedSchema = "3F000"
 	lockUnavailable = "55P03"
+	noRight         = "42501"
+	readOnly        = "25006"
 )
 
 // hasState reports whether err came from PostgreSQL with one of these SQLSTATEs.
