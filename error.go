@@ -121,10 +121,10 @@ func Park(err error) error {
 	return &steering{err: err, permanent: true, park: true}
 }
 
-// Parks reports whether an error asks, by [Park], that its message's key be parked.
+// Parks reports whether an error asks, by [Park], that its message's key be parked; as in [Retryable] the outermost decides.
 func Parks(err error) bool {
-	s, ok := errors.AsType[*steering](err)
-	return ok && s.park
+	s, _ := verdict(err)
+	return s != nil && s.park
 }
 
 // RetryAfter marks an error whose next attempt should wait d instead of the policy's backoff. It counts as an attempt.
@@ -151,28 +151,70 @@ func (s *steering) Unwrap() error { return s.err }
 // says it by its code: InvalidArgument, NotFound, AlreadyExists, PermissionDenied, FailedPrecondition, OutOfRange,
 // Unimplemented, DataLoss and Unauthenticated are answers, unless it names a wait; everything else is weather. Other
 // errors are retried.
+//
+// The outermost of these decides, since whoever wraps an error knows what it means to what he was doing: an Error that is
+// Unavailable is retried though its cause is Permanent. Wrappers such as those of fmt.Errorf say nothing themselves. Of errors
+// that are joined, Permanent, Park and RetryAfter come before an Error, and then the first.
 func Retryable(err error) bool {
-	if err == nil {
-		return false
-	}
-	if s, ok := errors.AsType[*steering](err); ok {
+	switch s, e := verdict(err); {
+	case s != nil:
 		return !s.permanent
+	case e != nil:
+		return e.RetryAfter > 0 || e.Code.retryable()
+	default:
+		return err != nil && CodeOf(err).retryable()
 	}
-	_, waits := RetryDelay(err)
-	return waits || CodeOf(err).retryable()
 }
 
-// RetryDelay returns the wait that an error asks for, through [RetryAfter] or [Error.RetryAfter].
+// RetryDelay returns the wait that an error asks for, through [RetryAfter] or [Error.RetryAfter], the outermost of them. What an
+// answer wraps is not asked.
 func RetryDelay(err error) (time.Duration, bool) {
-	var s *steering
-	if errors.As(err, &s) && !s.permanent {
+	switch s, e := verdict(err); {
+	case s != nil && s.permanent:
+		return RetryDelay(s.err)
+	case s != nil:
 		return s.after, true
-	}
-	var e *Error
-	if errors.As(err, &e) && e.RetryAfter > 0 {
+	case e != nil && e.RetryAfter > 0:
 		return e.RetryAfter, true
+	case e != nil && e.Code.retryable():
+		return RetryDelay(e.Err)
+	default:
+		return 0, false
 	}
-	return 0, false
+}
+
+// verdict returns the outermost of an error's chain that says whether to try again: one of the two, or neither.
+func verdict(err error) (*steering, *Error) {
+	for err != nil {
+		switch x := err.(type) { //nolint:errorlint // it walks the chain itself
+		case *steering:
+			return x, nil
+		case *Error:
+			return nil, x
+		case interface{ Unwrap() error }:
+			err = x.Unwrap()
+		case interface{ Unwrap() []error }:
+			return firstVerdict(x.Unwrap())
+		default:
+			err = nil
+		}
+	}
+	return nil, nil
+}
+
+// firstVerdict is the verdict on errors that are joined.
+func firstVerdict(errs []error) (*steering, *Error) {
+	var first *Error
+	for _, err := range errs {
+		s, e := verdict(err)
+		if s != nil {
+			return s, nil
+		}
+		if first == nil {
+			first = e
+		}
+	}
+	return nil, first
 }
 
 // wireError is the JSON form of an Error, the data of an error reply. See docs/wire.md.

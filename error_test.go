@@ -252,6 +252,58 @@ func TestRetryable(t *testing.T) {
 	}
 }
 
+// Whoever wraps an error says last what is to be done.
+func TestOutermostDecides(t *testing.T) {
+	t.Parallel()
+	const second = time.Second
+	final, later := postrider.Permanent(io.EOF), postrider.RetryAfter(second, io.EOF)
+	weather, no := postrider.Errorf(postrider.Unavailable, "away"), postrider.Errorf(postrider.NotFound, "no such order")
+	around := func(code postrider.Code, err error) error {
+		return fmt.Errorf("b: %w", postrider.Errorf(code, "a: %w", err))
+	}
+	for i, tt := range []struct {
+		err       error
+		retryable bool
+		delay     time.Duration
+	}{
+		{around(postrider.Unavailable, final), true, 0},
+		{around(postrider.Aborted, fmt.Errorf("c: %w", errors.Join(io.EOF, final))), true, 0},
+		{around(postrider.NotFound, later), false, 0},
+		{around(postrider.Unavailable, later), true, second}, // it has nothing against that wait
+		{around(postrider.Unavailable, no), true, 0},
+		{around(postrider.NotFound, weather), false, 0},
+		{postrider.Permanent(later), false, 0},
+		{postrider.RetryAfter(second, final), true, second},
+		{postrider.Permanent(around(postrider.Unavailable, later)), false, 0},
+		{&postrider.Error{Code: postrider.NotFound, RetryAfter: second, Err: final}, true, second},
+		{&postrider.Error{Code: postrider.Unavailable, RetryAfter: second, Err: postrider.RetryAfter(time.Hour, io.EOF)}, true, second},
+		{errors.Join(weather, final), false, 0},
+		{errors.Join(around(postrider.Unavailable, final), no), true, 0},
+		{errors.Join(no, fmt.Errorf("c: %w", later)), true, second},
+		{errors.Join(no, weather), false, 0},
+		{&postrider.BatchError{Errs: []error{nil, weather, final}}, false, 0},
+		{fmt.Errorf("%w", postrider.NotFound), false, 0},
+		{around(postrider.Unavailable, postrider.NotFound), true, 0},
+	} {
+		if got := postrider.Retryable(tt.err); got != tt.retryable {
+			t.Errorf("%d: Retryable(%v) is %v", i, tt.err, got)
+		}
+		if d, ok := postrider.RetryDelay(tt.err); tt.retryable && (d != tt.delay || ok != (d > 0)) {
+			t.Errorf("%d: RetryDelay(%v) is %v, %v, want %v", i, tt.err, d, ok, tt.delay)
+		}
+		there := postrider.ParseError(postrider.AppendError(nil, tt.err))
+		if postrider.Retryable(there) != tt.retryable {
+			t.Errorf("%d: %v arrives as %v, retryable %v", i, tt.err, there, !tt.retryable)
+		}
+		if d, _ := postrider.RetryDelay(there); tt.retryable && d != tt.delay {
+			t.Errorf("%d: %v arrives with a delay of %v", i, tt.err, d)
+		}
+	}
+	if postrider.Parks(around(postrider.Unavailable, postrider.Park(io.EOF))) || !postrider.Parks(postrider.Park(weather)) {
+		t.Error("whether a key is parked is not said by the outermost")
+	}
+}
+
 func TestPark(t *testing.T) {
 	t.Parallel()
 	inner := postrider.Errorf(postrider.Unavailable, "no stock")

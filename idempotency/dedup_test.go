@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -89,6 +90,21 @@ func TestDedupDelaysACopy(t *testing.T) {
 	if d, _ := postrider.RetryDelay(inner); d != busyDelay {
 		t.Errorf("delayed by %v", d)
 	}
+}
+
+// TestDedupComesAgainAfterALostLease: whatever the handler made of its context's end, another has the message now.
+func TestDedupComesAgainAfterALostLease(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		topic := postrider.NewTopic[order]("orders.placed.v1")
+		h := topic.Handler(func(ctx context.Context, _ postrider.Event[order]) error {
+			<-ctx.Done()
+			return postrider.Permanent(errors.New("interrupted"))
+		}).With(Dedup(away{}, "mail"))
+		m, err := topic.Message(t.Context(), &order{}, postrider.MessageID("m-1"))
+		must(t, err)
+		wantCode(t, handle(t, h, m), postrider.Aborted, true)
+	})
 }
 
 // TestRequestsInEachExecMode: what PgBouncer takes works, and so does the rest.
