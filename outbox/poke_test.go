@@ -3,6 +3,8 @@ package outbox
 import (
 	"context"
 	"fmt"
+	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -166,6 +168,54 @@ func TestNotificationWakesTheRelay(t *testing.T) {
 	awaitWake(t, ob)
 	cancel()
 	<-done
+}
+
+// lines gets what is logged, as long as there is room.
+type lines chan string
+
+func (l lines) Write(p []byte) (int, error) {
+	select {
+	case l <- string(p):
+	default:
+	}
+	return len(p), nil
+}
+
+// A relay whose Listen leads through a pooler finds out and says so, and sends what SQL writers write all the same.
+func TestListenThroughPgBouncer(t *testing.T) {
+	t.Parallel()
+	direct := postridertest.Postgres(t)
+	pool := postridertest.PgBouncer(t, direct, pgx.QueryExecModeExec)
+	if err := Migrate(t.Context(), pool, ""); err != nil {
+		t.Fatal(err)
+	}
+	said, got := make(lines, 100), all{make(chan int, 10)}
+	relay, err := NewRelay(pool, got, RelayConfig{
+		Outbox: newOutbox(t, Config{}), Listen: pool, PollInterval: 50 * time.Millisecond, Logger: slog.New(slog.NewTextHandler(said, nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, relay)
+	for deadline := time.After(60 * time.Second); ; {
+		var text string
+		select {
+		case text = <-said:
+		case <-deadline:
+			t.Fatal("nothing is said about notifications that do not arrive")
+		}
+		if strings.Contains(text, errDeaf.Error()) {
+			break
+		}
+	}
+	if err := newOutbox(t, Config{}).On(pool).Publish(t.Context(), &postrider.Message{ID: "1", Type: "orders.placed.v1"}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-got.n:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the message was not sent")
+	}
 }
 
 // all accepts everything and tells how much.
