@@ -76,7 +76,11 @@ func (s *subscription) claim(ctx context.Context, pin string) error {
 	ctx, cancel := context.WithTimeout(ctx, ackTimeout)
 	defer cancel()
 	op := "bus: take over " + s.durable
-	term, err := s.takeFence(ctx, s.fenceSubject())
+	subject := s.fenceSubject()
+	if s.own { // of the same name as the consumer whose owner parks on condition that the last token there is its own
+		subject += fenceAgain
+	}
+	term, err := s.takeFence(ctx, subject)
 	if err != nil || term == 0 {
 		return err
 	}

@@ -145,3 +145,44 @@ func TestParkOfTheReplaced(t *testing.T) {
 	}
 	d.check(t)
 }
+
+// A releaser that begins its work does not end the ownership of the one who parks: what that has begun would come again.
+func TestReleaserLeavesTheOwnersToken(t *testing.T) {
+	t.Parallel()
+	nc := postridertest.NATS(t)
+	b := newBus(t, nc)
+	good, parks := make(chan uint64, 10), make(chan string, 10)
+	h := keyed.Handler(func(_ context.Context, e postrider.Event[note]) error {
+		if e.Value.Text == "good" {
+			good <- e.Delivery.Fence
+			return nil
+		}
+		parks <- e.Value.Text
+		return postrider.Park(errors.New("broken"))
+	})
+	if err := b.Subscribe(h, bus.Ordered(), bus.From(bus.DeliverAll)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, b)
+	publish := func(key string) {
+		t.Helper()
+		if err := keyed.Publish(t.Context(), b, &note{Text: key}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish("good")
+	before := <-good
+	publish("a")
+	parkedKeys(t, b, bus.ParkedFilter{}, 1)
+	if n, err := b.Parked().Release(t.Context(), bus.ParkedFilter{}, operator); n != 1 || err != nil {
+		t.Fatalf("%d released, error %v", n, err)
+	}
+	<-parks
+	<-parks // handled by the releaser, which has a token of its own now
+	publish("b")
+	parkedKeys(t, b, bus.ParkedFilter{}, 2)
+	publish("good")
+	if after := <-good; after != before {
+		t.Errorf("the owner's token was %d and is %d: its ownership began anew", before, after)
+	}
+}
