@@ -5,6 +5,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/bus"
 	"github.com/postrider/postrider/postridertest"
 	"github.com/postrider/postrider/postridertest/bustest"
@@ -32,7 +33,11 @@ func conformance(t *testing.T, mode bus.Mode) {
 				return b, err
 			},
 			DeadLetters: func(b bustest.Bus) bustest.DeadLetters { return b.(*bus.Bus).DeadLetters() },
-			Crash:       func(b bustest.Bus) { conns[b].Close() },
+			Parked:      func(b bustest.Bus) bustest.Parked { return b.(*bus.Bus).Parked() },
+			Async: func(b bustest.Bus, window int, result func(*postrider.Message, error)) bustest.Async {
+				return b.(*bus.Bus).Async(window, result)
+			},
+			Crash: func(b bustest.Bus) { conns[b].Close() },
 			Inject: func(topic string, data []byte) error {
 				_, err := other.Request(topic, data, nats.DefaultTimeout)
 				return err

@@ -11,6 +11,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/postrider/postrider"
+	"github.com/postrider/postrider/internal/fingerprint"
 )
 
 // Headers of dead letters, of what is re-driven, and of the log of actions (docs/wire.md, "Dead letters"). They stand
@@ -122,7 +123,7 @@ func (s *subscription) deadLetter(ctx context.Context, msg *nats.Msg, m *postrid
 // setCause writes why a message could not be handled into its headers. It returns the text, cut to what they hold.
 func setCause(header nats.Header, cause error, attempts int) string {
 	text, code := cause.Error(), postrider.CodeOf(cause)
-	header[headerFingerprint] = []string{fingerprint(code, text)}
+	header[headerFingerprint] = []string{fingerprint.Of(code, text)}
 	if len(text) > maxCause {
 		text = strings.ToValidUTF8(text[:maxCause], "") + " ..."
 	}

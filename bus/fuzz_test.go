@@ -111,7 +111,6 @@ func FuzzOwnHeaders(f *testing.F) {
 				t.Errorf("%s is taken for a header of the message", name)
 			}
 		}
-		_ = normalise(e.Letter.Cause)
 		d := newDelivered(msg)
 		_ = d.key()
 		delivery := postrider.Delivery{Attempt: 1}

@@ -39,6 +39,10 @@ var promises = []struct {
 	{"a poison message holds up its neighbours", []string{
 		"promise PoisonDoesNotHoldUpNeighbours", "TestOrderedFailureHoldsItsKeyOnly", "TestOrderedDeadLetterFreesItsKey",
 	}},
+	{"a parked key goes on without its release, or not in its order", []string{
+		"promise ParkedKeyWaitsForItsRelease", "promise ParkedKeyOutlivesItsOwner", "promise CrashInAReleaseLosesNothing",
+		"promise RedriveWaitsBehindItsParkedKey", "TestParkedKeysKeepTheirOrder",
+	}},
 	{"one bad event of a batch handler fails its neighbours", []string{"promise BatchTellsEachEventsFate"}},
 	{"a close while a batch is filled or handled loses messages", []string{"promise CloseGivesBatchesBack"}},
 	{"large messages fill the memory of a slow process", []string{"TestPrefetchBoundsBytes", "TestPrefetchTakesWhatIsLargerThanItsBound"}},

@@ -9,16 +9,17 @@ import (
 
 // Settings are what the options of a [Bus.Subscribe] say, defaults filled in. A bus of another kind that takes the same
 // options reads them: the one in memory, package postridertest/membus. [CircuitBreaker], [RateLimit] and [Prefetch] are not among them:
-// they change when a message is handled, and not what becomes of it. Nor is [ParkFailures]: no other bus parks keys.
+// they change when a message is handled, and not what becomes of it.
 type Settings struct {
-	Group       string                // the group, never empty
-	Concurrency int                   // how many messages at once, or batches
-	Batch       int                   // how many messages a batch has at most; 0: the handler takes one at a time
-	BatchWait   time.Duration         // how long a batch waits for more
-	Retry       postrider.RetryPolicy // as given: the zero value is the default policy
-	AckWait     time.Duration         // when the messages of a silent process come back
-	Ordered     bool                  // one message of a key at a time, in order
-	Broadcast   bool                  // every instance handles every message
+	Group        string                // the group, never empty
+	Concurrency  int                   // how many messages at once, or batches
+	Batch        int                   // how many messages a batch has at most; 0: the handler takes one at a time
+	BatchWait    time.Duration         // how long a batch waits for more
+	Retry        postrider.RetryPolicy // as given: the zero value is the default policy
+	AckWait      time.Duration         // when the messages of a silent process come back
+	Ordered      bool                  // one message of a key at a time, in order
+	ParkFailures bool                  // what would be a dead letter parks its key
+	Broadcast    bool                  // every instance handles every message
 
 	config subscribeConfig
 }
@@ -29,7 +30,7 @@ func ReadSettings(h postrider.Handler, group string, opts ...SubscribeOption) (S
 	c, err := readOptions(h, group, opts)
 	return Settings{
 		Group: c.group, Concurrency: c.concurrency, Batch: c.batch, BatchWait: c.batchWait,
-		Retry: c.retry, AckWait: c.ackWait, Ordered: c.ordered, Broadcast: c.broadcast,
+		Retry: c.retry, AckWait: c.ackWait, Ordered: c.ordered, ParkFailures: c.parkFailures, Broadcast: c.broadcast,
 		config: c,
 	}, err
 }

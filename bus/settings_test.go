@@ -10,11 +10,10 @@ func TestSettingsTellEveryOption(t *testing.T) {
 	t.Parallel()
 	told := map[string]bool{
 		"group": true, "concurrency": true, "retry": true, "ackWait": true, "ordered": true, "broadcast": true,
-		"batch": true, "batchWait": true, "batchGiven": true, // refused where the handler takes no batches
+		"parkFailures": true, "batch": true, "batchWait": true, "batchGiven": true, // refused where the handler takes no batches
 		"filter": true,                                  // Settings.Wants
 		"from":   true, "sequence": true, "since": true, // Settings.Begins
-		"parkFailures": true, // no other bus parks
-		"prefetch":     true, "prefetchBytes": true,
+		"prefetch": true, "prefetchBytes": true,
 		"breakerLimit": true, "breakerPause": true, "rate": true, // when, not what: the docs say that they are not told
 	}
 	for field := range reflect.TypeFor[subscribeConfig]().Fields() {

@@ -3,6 +3,7 @@ package bustest
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -252,5 +253,43 @@ func undecodableMessageStopsNobody(e *env) {
 		if !found {
 			e.Errorf("no dead letter is InvalidArgument at the first attempt and says %q: %+v", cause, letters)
 		}
+	}
+}
+
+func deadLettersAreGroupedByCause(e *env) {
+	b := e.open()
+	for _, group := range []string{"mailer", "billing"} {
+		e.must(b.Subscribe(written.Handler(func(_ context.Context, ev postrider.Event[note]) error {
+			if ev.Value.N == 0 {
+				return postrider.Permanent(errWeather)
+			}
+			return postrider.Errorf(postrider.NotFound, "no reader %d in %q", ev.Value.N, group)
+		}), bus.Group(group)))
+	}
+	e.run(b)
+	e.publish(b, numbered(0, 4)...)
+	letters, d := e.letters(b, 8), e.DeadLetters(b)
+	groups, err := d.Groups(e.Context(), bus.LetterFilter{})
+	if err != nil || len(groups) != 2 {
+		e.Fatalf("grouped by cause: %+v, %v", groups, err)
+	}
+	g := groups[0]
+	if g.Count != 6 || g.Code != postrider.NotFound || !strings.Contains(g.Cause, "no reader") || g.First.IsZero() || g.Last.Before(g.First) ||
+		!slices.Equal(g.Groups, []string{"billing", "mailer"}) || !slices.Equal(g.Topics, []string{written.Name()}) {
+		e.Errorf("the largest group is %+v", g)
+	}
+	if g := groups[1]; g.Count != 2 || g.Code != postrider.Unknown {
+		e.Errorf("the other group is %+v", g)
+	}
+	for _, l := range letters {
+		if (l.Fingerprint == g.Fingerprint) != (l.Code == postrider.NotFound) {
+			e.Errorf("letter %d has the fingerprint %s: %s", l.Sequence, l.Fingerprint, l.Cause)
+		}
+	}
+	if found, _, err := d.List(e.Context(), bus.LetterFilter{Fingerprint: g.Fingerprint, Group: "mailer"}, 0, 0); err != nil || len(found) != 3 {
+		e.Errorf("found by fingerprint: %+v, %v", found, err)
+	}
+	if groups, err := d.Groups(e.Context(), bus.LetterFilter{Code: postrider.Internal}); err != nil || len(groups) > 0 {
+		e.Errorf("groups of what is not there: %+v, %v", groups, err)
 	}
 }

@@ -33,6 +33,7 @@ type Bus interface {
 // DeadLetters is what the suite asks of the dead letters of a [Bus]: bus.DeadLetters.
 type DeadLetters interface {
 	List(ctx context.Context, f bus.LetterFilter, after uint64, limit int) (letters []bus.DeadLetter, next uint64, err error)
+	Groups(ctx context.Context, f bus.LetterFilter) ([]bus.CauseGroup, error)
 	Get(ctx context.Context, sequence uint64) (bus.DeadLetter, error)
 	Replay(ctx context.Context, sequences []uint64, a bus.Action) (int, error)
 	ReplayAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error)
@@ -40,6 +41,23 @@ type DeadLetters interface {
 	DiscardAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error)
 	Edit(ctx context.Context, sequence uint64, change func(m *postrider.Message) error, a bus.Action) (uint64, error)
 	Log(ctx context.Context, f bus.LetterFilter, after uint64, limit int) (entries []bus.LogEntry, next uint64, err error)
+}
+
+// Parked is what the suite asks of the parked keys of a [Bus]: bus.Parked.
+type Parked interface {
+	Keys(ctx context.Context, f bus.ParkedFilter, after string, limit int) (keys []bus.ParkedKey, next string, err error)
+	Messages(ctx context.Context, f bus.ParkedFilter, after uint64, limit int) (messages []bus.DeadLetter, next uint64, err error)
+	Release(ctx context.Context, f bus.ParkedFilter, a bus.Action) (int, error)
+	Discard(ctx context.Context, sequences []uint64, a bus.Action) (int, error)
+	DiscardAll(ctx context.Context, f bus.ParkedFilter, a bus.Action) (int, error)
+	Log(ctx context.Context, f bus.ParkedFilter, after uint64, limit int) (entries []bus.LogEntry, next uint64, err error)
+}
+
+// Async is what the suite asks of a publisher that does not wait: bus.Async.
+type Async interface {
+	postrider.Publisher
+
+	Flush(ctx context.Context) error
 }
 
 // Broker is what the buses of one test share. Open and DeadLetters are required: a promise that asks for more than an implementation has is
@@ -50,6 +68,12 @@ type Broker struct {
 
 	// DeadLetters returns the dead letters of a bus.
 	DeadLetters func(b Bus) DeadLetters
+
+	// Parked returns the parked keys of a bus.
+	Parked func(b Bus) Parked
+
+	// Async returns a publisher that does not wait, as bus.Bus.Async does.
+	Async func(b Bus, window int, result func(m *postrider.Message, err error)) Async
 
 	// Crash lets the process of a bus die: its connection is gone, nothing that it holds is settled.
 	Crash func(b Bus)
@@ -77,6 +101,10 @@ var promises = []struct {
 	test func(*env)
 }{
 	{"PublishTellsEachMessagesFate", publishTellsEachMessagesFate},
+	{"AsyncTellsEachMessagesFate", asyncTellsEachMessagesFate},
+	{"AsyncWaitsForRoom", asyncWaitsForRoom},
+	{"AsyncFailuresAreTold", asyncFailuresAreTold},
+	{"StreamIsRead", streamIsRead},
 	{"AttributesArriveIntact", attributesArriveIntact},
 	{"DifferentMessagesAreNotDuplicates", differentMessagesAreNotDuplicates},
 	{"EachGroupHandlesEachMessageOnce", eachGroupHandlesEachMessageOnce},
@@ -108,6 +136,14 @@ var promises = []struct {
 	{"RedriveTakesItsTurn", redriveTakesItsTurn},
 	{"DeadLettersAreSelectedAndDiscarded", deadLettersAreSelectedAndDiscarded},
 	{"DeadLettersAreEditedAndLogged", deadLettersAreEditedAndLogged},
+	{"DeadLettersAreGroupedByCause", deadLettersAreGroupedByCause},
+	{"ParkedKeyWaitsForItsRelease", parkedKeyWaitsForItsRelease},
+	{"ParkedKeyOutlivesItsOwner", parkedKeyOutlivesItsOwner},
+	{"CrashInAReleaseLosesNothing", crashInAReleaseLosesNothing},
+	{"FailuresParkTheirKey", failuresParkTheirKey},
+	{"ParkedMessagesAreDiscarded", parkedMessagesAreDiscarded},
+	{"RedriveWaitsBehindItsParkedKey", redriveWaitsBehindItsParkedKey},
+	{"BatchesParkTheirKeys", batchesParkTheirKeys},
 	{"UndecodableMessageStopsNobody", undecodableMessageStopsNobody},
 	{"FilterTakesWhatIsWanted", filterTakesWhatIsWanted},
 	{"BatchIsWhatHasCome", batchIsWhatHasCome},

@@ -28,6 +28,7 @@ type Broker struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed when something can be handed out that could not before
 	streams []*stream
+	parked  map[string]*stream // parked messages, by the prefix of their buses
 	groups  []*group
 	waiting []*waiting // in the order in which they were put off
 	running int        // handlers that run
@@ -41,7 +42,7 @@ type stream struct {
 	subjects []string
 	window   time.Duration
 	messages []*stored
-	log      []bus.LogEntry // of dead letters
+	log      []bus.LogEntry // of dead letters, or parked keys
 	last     uint64         // sequence of the last message that was stored
 	seen     map[messageID]time.Time
 }
@@ -60,7 +61,7 @@ type stored struct {
 	event    []byte          // the CloudEvents protobuf format; nil: not a CloudEvent
 	raw      []byte          // the data of what is not a CloudEvent
 	redrives int             // how often it was re-driven
-	letter   *bus.DeadLetter // of a dead letter, all but its Message
+	letter   *bus.DeadLetter // of a dead letter, or a parked message, all but its Message
 }
 
 // message decodes it anew: what one handler changes, no other sees.
@@ -76,16 +77,20 @@ func (s *stored) message(topic string) (*postrider.Message, error) {
 // group is one consumer: the deliveries that nobody holds.
 type group struct {
 	name, subject string
-	broadcast     bool // the place of one instance only
+	topic         string // the subject without the buses' prefix
+	broadcast     bool   // the place of one instance only
 	paused        time.Time
 	queue         deliveries
 	lanes         map[string][]*delivery // of an ordered group, by key: its first is in queue or held, the others wait
+	parked        *stream                // parked messages, of this group and others
+	released      map[string]bool        // keys that are being released: see park.go
 	members       []*subscription        // that run, in the order of their start
 }
 
 // delivery is a message on its way to a group.
 type delivery struct {
 	*stored
+	parked  uint64 // its sequence among the parked messages, if it comes from there
 	attempt int
 	due     time.Time
 	order   uint64
@@ -183,11 +188,21 @@ func overlap(a, b string) bool {
 	}
 }
 
-// append stores a message and queues it for every group.
-func (k *Broker) append(s *stream, m *stored) {
+// add stores a message.
+func (s *stream) add(m *stored) {
 	s.last++
 	m.stream, m.sequence, m.at = s.name, s.last, time.Now()
 	s.messages = append(s.messages, m)
+}
+
+// remove removes a message. It may be gone already.
+func (s *stream) remove(sequence uint64) {
+	s.messages = slices.DeleteFunc(s.messages, func(m *stored) bool { return m.sequence == sequence })
+}
+
+// append stores a message and queues it for every group.
+func (k *Broker) append(s *stream, m *stored) {
+	s.add(m)
 	for _, g := range k.groups {
 		if overlap(g.subject, m.subject) {
 			k.queue(g, m)
@@ -222,12 +237,17 @@ func (k *Broker) queue(g *group, m *stored) {
 // requeue has a group deliver again, after a delay, what was taken from it.
 func (k *Broker) requeue(g *group, d *delivery, delay time.Duration) {
 	k.order++
-	heap.Push(&g.queue, &delivery{stored: d.stored, attempt: d.attempt, due: time.Now().Add(delay), order: k.order})
+	heap.Push(&g.queue, &delivery{stored: d.stored, parked: d.parked, attempt: d.attempt, due: time.Now().Add(delay), order: k.order})
 	k.announce()
 }
 
 // done lets the next message of a key follow one that is settled.
 func (k *Broker) done(g *group, d *delivery) {
+	if d.parked > 0 {
+		g.parked.remove(d.parked)
+		k.releaseNext(g, d.key)
+		return
+	}
 	lane := g.lanes[d.key]
 	switch {
 	case len(lane) == 0: // no key, or no order
@@ -258,9 +278,10 @@ func (k *Broker) join(s *subscription) error {
 		s.group = k.groupOf(s.Group, subject)
 	}
 	if s.group == nil {
-		s.group = &group{name: s.Group, subject: subject, broadcast: s.Broadcast}
+		s.group = &group{name: s.Group, subject: subject, topic: s.handler.Topic(), broadcast: s.Broadcast}
 		if s.Ordered {
 			s.group.lanes = map[string][]*delivery{}
+			s.group.parked, s.group.released = k.parkedOf(s.bus.cfg.Prefix), map[string]bool{}
 		}
 		k.groups = append(k.groups, s.group)
 		for _, m := range from.messages {
@@ -350,6 +371,9 @@ func (k *Broker) next(s *subscription, holding int) (*delivery, time.Duration) {
 		return nil, wait
 	}
 	heap.Pop(&g.queue)
+	if k.aside(s, d) {
+		return k.next(s, holding)
+	}
 	d.attempt++
 	k.running++
 	s.held[d] = true
@@ -367,9 +391,9 @@ func (k *Broker) first() *group {
 	return first
 }
 
-// release takes a delivery that was handled from its holder; again, if not negative, is when it comes back. It does
+// settled takes a delivery that was handled from its holder; again, if not negative, is when it comes back. It does
 // nothing for a process that has died: another one has the message, or will.
-func (k *Broker) release(s *subscription, d *delivery, again time.Duration) {
+func (k *Broker) settled(s *subscription, d *delivery, again time.Duration) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if !s.held[d] {

@@ -1,6 +1,7 @@
 package membus
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -27,6 +28,7 @@ type Bus struct {
 	ran      bool
 	dead     bool
 	stats    bus.Stats
+	asyncs   map[*Async]bool // that Run waits for
 }
 
 var (
@@ -41,7 +43,7 @@ func (k *Broker) New(cfg bus.Config) (*Bus, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Bus{broker: k, cfg: cfg, log: cfg.Logger.With("component", "membus"), started: make(chan struct{})}, nil
+	return &Bus{broker: k, cfg: cfg, log: cfg.Logger.With("component", "membus"), started: make(chan struct{}), asyncs: map[*Async]bool{}}, nil
 }
 
 // Publish stores messages and returns when the streams have them. What was stored before, by source and id, within the
@@ -61,10 +63,15 @@ func (b *Bus) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 			b.stats.Published++
 		}
 	}
+	return published(errs)
+}
+
+// published makes one error of those of several messages.
+func published(errs []error) error {
 	switch {
 	case errors.Join(errs...) == nil:
 		return nil
-	case len(msgs) == 1:
+	case len(errs) == 1:
 		return errs[0]
 	default:
 		return &postrider.BatchError{Errs: errs}
@@ -126,15 +133,22 @@ func (b *Bus) store(m *postrider.Message) error {
 	return nil
 }
 
-// prepare checks a message, encodes it and finds its stream.
-func (b *Bus) prepare(m *postrider.Message) (*stored, *stream, error) {
+// check fills in what a message lacks, and refuses it for what it is.
+func (b *Bus) check(m *postrider.Message) error {
 	if m.Source == "" {
 		m.Source = b.cfg.Source
 	}
 	if err := m.Validate(); err != nil {
-		return nil, nil, err
+		return err
 	}
-	if err := m.CheckAddress(); err != nil {
+	_, err1 := timeAttribute(m, postrider.ExtDeliverAt)
+	_, err2 := timeAttribute(m, postrider.ExtExpiryTime)
+	return cmp.Or(err1, err2, m.CheckAddress())
+}
+
+// prepare checks a message, encodes it and finds its stream.
+func (b *Bus) prepare(m *postrider.Message) (*stored, *stream, error) {
+	if err := b.check(m); err != nil {
 		return nil, nil, err
 	}
 	subject := b.subject(m.Address())
@@ -203,7 +217,7 @@ func (b *Bus) Subscribe(h postrider.Handler, opts ...bus.SubscribeOption) error 
 func (b *Bus) Started() <-chan struct{} { return b.started }
 
 // Run hands messages to the handlers and blocks. When ctx ends it takes no new messages, waits for running handlers, and
-// returns nil. It fails when no stream takes a topic, and when handlers outlive DrainTimeout.
+// returns nil. It fails when no stream takes a topic, when handlers outlive DrainTimeout, and when an Async could not publish.
 func (b *Bus) Run(ctx context.Context) error {
 	if err := b.start(); err != nil {
 		return err
@@ -215,7 +229,7 @@ func (b *Bus) Run(ctx context.Context) error {
 	}
 	wg.Wait()
 	<-ctx.Done()
-	return errors.Join(errs...)
+	return errors.Join(errors.Join(errs...), b.flush())
 }
 
 func (b *Bus) start() error {

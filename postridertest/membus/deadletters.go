@@ -3,7 +3,6 @@ package membus
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -24,67 +23,37 @@ func (s *subscription) deadLetter(d *delivery, m *postrider.Message, cause error
 	}
 	s.bus.stats.DeadLettered++
 	subject := s.bus.subject("dead." + s.Group + "." + m.Topic)
-	k.append(k.streamOf(subject), &stored{
-		subject: subject, event: d.event, raw: d.raw, expiry: d.expiry, key: d.key,
-		letter: &bus.DeadLetter{
-			Group: s.Group, Topic: m.Topic, Subscription: s.handler.Topic(), Code: postrider.CodeOf(cause), Cause: cause.Error(),
-			Attempts: d.attempt, Redrives: d.redrives, Stream: d.stream, Origin: d.sequence, At: time.Now(),
-		},
-	})
+	letter := &bus.DeadLetter{
+		Group: s.Group, Topic: m.Topic, Key: d.key, Subscription: s.handler.Topic(), Redrives: d.redrives,
+		Stream: d.stream, Origin: d.sequence, At: time.Now(),
+	}
+	setCause(letter, cause, d.attempt)
+	k.append(k.streamOf(subject), &stored{subject: subject, event: d.event, raw: d.raw, expiry: d.expiry, key: d.key, letter: letter})
 	s.log.Warn("message moved to the dead letters", "id", m.ID, "type", m.Type, "attempts", d.attempt,
 		"code", postrider.CodeOf(cause), "cause", cause)
 }
 
 // DeadLetters reads the dead letters of a bus and acts on them. Its methods are those of bus.DeadLetters, with the same
-// errors. There are no Groups, a letter has neither Header nor Fingerprint, and [bus.Action.Rate] slows nothing down.
-type DeadLetters struct{ bus *Bus }
+// errors. A letter has no Header, and [bus.Action.Rate] slows nothing down.
+type DeadLetters struct{ letters }
 
 // DeadLetters returns the dead letters in the stream [bus.Config.DeadLetters].
-func (b *Bus) DeadLetters() *DeadLetters { return &DeadLetters{b} }
+func (b *Bus) DeadLetters() *DeadLetters {
+	return &DeadLetters{letters{b, "dead letters", func() *stream {
+		return cmp.Or(b.broker.streamOf(b.subject("dead.x")), &stream{}) // empty if no bus that subscribes has run
+	}}}
+}
 
 // List returns up to limit dead letters, oldest first, with sequences above after, and where the next page begins: see
 // bus.DeadLetters.
 func (d *DeadLetters) List(ctx context.Context, f bus.LetterFilter, after uint64, limit int) ([]bus.DeadLetter, uint64, error) {
 	d.bus.broker.mu.Lock()
 	defer d.bus.broker.mu.Unlock()
-	found, err := d.find(ctx, f)
+	found, err := d.find(ctx, selects(f))
 	if err != nil {
 		return nil, 0, err
 	}
 	return page(found, func(l bus.DeadLetter) uint64 { return l.Sequence }, after, limit)
-}
-
-// page returns up to limit items with sequences above after, and where the next page begins.
-func page[T any](all []T, sequence func(T) uint64, after uint64, limit int) (items []T, next uint64, _ error) {
-	if limit = cmp.Or(limit, 100); limit < 0 || limit > 1000 {
-		return nil, 0, postrider.Errorf(postrider.InvalidArgument, "membus: read dead letters: limit is %d: want 1 to 1000", limit)
-	}
-	for _, item := range all {
-		switch {
-		case sequence(item) <= after:
-		case len(items) == limit:
-			return items, sequence(items[limit-1]), nil
-		default:
-			items = append(items, item)
-		}
-	}
-	return items, 0, nil
-}
-
-// Log returns up to limit entries, oldest first, about letters that the filter selects: see bus.DeadLetters.
-func (d *DeadLetters) Log(ctx context.Context, f bus.LetterFilter, after uint64, limit int) ([]bus.LogEntry, uint64, error) {
-	d.bus.broker.mu.Lock()
-	defer d.bus.broker.mu.Unlock()
-	if err := d.bus.enter(ctx, "read the log of dead letters"); err != nil {
-		return nil, 0, err
-	}
-	var found []bus.LogEntry
-	for _, e := range d.stream().log {
-		if selects(f, &e.Letter) {
-			found = append(found, e)
-		}
-	}
-	return page(found, func(e bus.LogEntry) uint64 { return e.Sequence }, after, limit)
 }
 
 // Get returns one dead letter. The error is NotFound when there is none of this sequence (any more).
@@ -94,73 +63,77 @@ func (d *DeadLetters) Get(ctx context.Context, sequence uint64) (bus.DeadLetter,
 	return d.get(ctx, sequence)
 }
 
-func (d *DeadLetters) get(ctx context.Context, sequence uint64) (bus.DeadLetter, error) {
-	all, err := d.find(ctx, bus.LetterFilter{})
+// Groups groups the dead letters by the fingerprints of their causes, the largest group first: see bus.DeadLetters.
+func (d *DeadLetters) Groups(ctx context.Context, f bus.LetterFilter) ([]bus.CauseGroup, error) {
+	d.bus.broker.mu.Lock()
+	defer d.bus.broker.mu.Unlock()
+	found, err := d.find(ctx, selects(f))
 	if err != nil {
-		return bus.DeadLetter{}, err
-	}
-	for _, l := range all {
-		if l.Sequence == sequence {
-			return l, nil
-		}
-	}
-	return bus.DeadLetter{}, postrider.Errorf(postrider.NotFound,
-		"membus: get dead letter %d: there is none: it may have been replayed or discarded", sequence)
-}
-
-// find returns the letters that a filter selects. The lock is held.
-func (d *DeadLetters) find(ctx context.Context, f bus.LetterFilter) ([]bus.DeadLetter, error) {
-	if err := d.bus.enter(ctx, "read dead letters"); err != nil {
 		return nil, err
 	}
-	var letters []bus.DeadLetter
-	for _, m := range d.stream().messages {
-		l := *m.letter
-		if selects(f, &l) {
-			l.Sequence = m.sequence
-			l.Message, _ = m.message(l.Topic) // as far as it can be read
-			l.Data = l.Message.Data
-			letters = append(letters, l)
+	byPrint := map[string]*bus.CauseGroup{}
+	for _, l := range found { // oldest first
+		g := byPrint[l.Fingerprint]
+		if g == nil {
+			g = &bus.CauseGroup{Fingerprint: l.Fingerprint, Code: l.Code, First: l.At}
+			byPrint[l.Fingerprint] = g
 		}
+		g.Count++
+		g.Cause, g.Last = l.Cause, l.At
+		g.Groups, g.Topics = append(g.Groups, l.Group), append(g.Topics, l.Topic)
 	}
-	return letters, nil
+	groups := make([]bus.CauseGroup, 0, len(byPrint))
+	for _, g := range byPrint {
+		slices.Sort(g.Groups)
+		slices.Sort(g.Topics)
+		g.Groups, g.Topics = slices.Compact(g.Groups), slices.Compact(g.Topics)
+		groups = append(groups, *g)
+	}
+	slices.SortFunc(groups, func(a, b bus.CauseGroup) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Fingerprint, b.Fingerprint))
+	})
+	return groups, nil
 }
 
-// stream returns the stream of dead letters, an empty one if no bus that subscribes has run. The lock is held.
-func (d *DeadLetters) stream() *stream {
-	return cmp.Or(d.bus.broker.streamOf(d.bus.subject("dead.x")), &stream{})
+// Log returns up to limit entries, oldest first, about letters that the filter selects: see bus.DeadLetters.
+func (d *DeadLetters) Log(ctx context.Context, f bus.LetterFilter, after uint64, limit int) ([]bus.LogEntry, uint64, error) {
+	return d.readLog(ctx, selects(f), after, limit)
 }
 
-func selects(f bus.LetterFilter, l *bus.DeadLetter) bool {
-	return (f.Group == "" || f.Group == l.Group) && (f.Topic == "" || overlap(f.Topic, l.Topic)) &&
-		(f.Code == postrider.OK || f.Code == l.Code) && strings.Contains(l.Cause, f.Cause) && f.Fingerprint == l.Fingerprint &&
-		(f.From.IsZero() || !l.At.Before(f.From)) && (f.To.IsZero() || l.At.Before(f.To))
+// selects returns whether a filter selects a letter.
+func selects(f bus.LetterFilter) func(l *bus.DeadLetter) bool {
+	return func(l *bus.DeadLetter) bool {
+		return (f.Group == "" || f.Group == l.Group) && (f.Topic == "" || overlap(f.Topic, l.Topic)) &&
+			(f.Code == postrider.OK || f.Code == l.Code) && strings.Contains(l.Cause, f.Cause) &&
+			(f.Fingerprint == "" || f.Fingerprint == l.Fingerprint) &&
+			(f.From.IsZero() || !l.At.Before(f.From)) && (f.To.IsZero() || l.At.Before(f.To))
+	}
 }
 
 // Replay re-drives dead letters to the group that failed, and to no other: see bus.DeadLetters.
 func (d *DeadLetters) Replay(ctx context.Context, sequences []uint64, a bus.Action) (int, error) {
-	return d.act(ctx, "replay", sequences, nil, a, d.replay)
+	return d.act(ctx, "replay", these(sequences), a, d.replay)
 }
 
 // ReplayAll re-drives the letters that a filter selects now.
 func (d *DeadLetters) ReplayAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error) {
-	return d.act(ctx, "replay", nil, &f, a, d.replay)
+	return d.act(ctx, "replay", d.those(ctx, selects(f)), a, d.replay)
 }
 
 // Discard removes dead letters for good.
 func (d *DeadLetters) Discard(ctx context.Context, sequences []uint64, a bus.Action) (int, error) {
-	return d.act(ctx, "discard", sequences, nil, a, d.discard)
+	return d.act(ctx, "discard", these(sequences), a, d.discard)
 }
 
 // DiscardAll removes the letters that a filter selects now.
 func (d *DeadLetters) DiscardAll(ctx context.Context, f bus.LetterFilter, a bus.Action) (int, error) {
-	return d.act(ctx, "discard", nil, &f, a, d.discard)
+	return d.act(ctx, "discard", d.those(ctx, selects(f)), a, d.discard)
 }
 
 // Edit replaces a dead letter by a copy that change has changed, and returns the copy's sequence: see bus.DeadLetters.
 func (d *DeadLetters) Edit(ctx context.Context, sequence uint64, change func(m *postrider.Message) error, a bus.Action) (uint64, error) {
 	op := fmt.Sprintf("membus: edit dead letter %d", sequence)
-	if err := checkAction(a, "edit"); err != nil {
+	if err := checkAction(a, "edit dead letters"); err != nil {
 		return 0, err
 	}
 	original, err := d.Get(ctx, sequence)
@@ -191,67 +164,18 @@ func (d *DeadLetters) Edit(ctx context.Context, sequence uint64, change func(m *
 	if err != nil {
 		return 0, err
 	}
-	s, letter := d.stream(), l
+	letter := l
 	letter.Message, letter.Data, letter.CopyOf = nil, nil, sequence
 	edited := &stored{subject: d.bus.subject("dead." + l.Group + "." + l.Topic), key: m.Key(), expiry: expiry, letter: &letter}
 	if edited.raw = m.Data; isEvent {
 		edited.raw, edited.event = nil, envelope.AppendProto([]byte{}, m)
 	}
-	d.bus.broker.append(s, edited)
+	d.bus.broker.append(d.stream(), edited)
 	d.note(bus.LogEntry{Letter: l, Done: "edit", By: a.By, Why: a.Why, Copy: edited.sequence})
 	return edited.sequence, d.discard(l)
 }
 
-// note adds an entry to the log.
-func (d *DeadLetters) note(e bus.LogEntry) {
-	s := d.stream()
-	s.last++
-	e.Sequence, e.At = s.last, time.Now()
-	s.log = append(s.log, e)
-}
-
-func checkAction(a bus.Action, name string) error {
-	if a.By == "" || a.Why == "" {
-		return postrider.Errorf(postrider.InvalidArgument, "membus: %s dead letters: Action.By and Action.Why are required", name)
-	}
-	return nil
-}
-
-// act does something to the letters of some sequences, or, with a filter, to those that it selects.
-func (d *DeadLetters) act(ctx context.Context, name string, sequences []uint64, f *bus.LetterFilter, a bus.Action, do func(bus.DeadLetter) error) (int, error) {
-	if err := checkAction(a, name); err != nil {
-		return 0, err
-	}
-	d.bus.broker.mu.Lock()
-	defer d.bus.broker.mu.Unlock()
-	if f != nil {
-		letters, err := d.find(ctx, *f)
-		if err != nil {
-			return 0, err
-		}
-		for _, l := range letters {
-			sequences = append(sequences, l.Sequence)
-		}
-	}
-	done := 0
-	var failed []error
-	for _, sequence := range sequences {
-		l, err := d.get(ctx, sequence)
-		if err == nil {
-			err = do(l)
-		}
-		if err == nil {
-			l.Data, l.Message.Data = nil, nil
-			d.note(bus.LogEntry{Letter: l, Done: name, By: a.By, Why: a.Why})
-			done++
-		} else {
-			failed = append(failed, err)
-		}
-	}
-	return done, errors.Join(failed...)
-}
-
-// replay hands a letter to its group, in the turn of its key if that is ordered, and removes it.
+// replay hands a letter to its group, in the turn of its key if that is ordered, behind what is parked of it, and removes it.
 func (d *DeadLetters) replay(l bus.DeadLetter) error {
 	k := d.bus.broker
 	i := slices.IndexFunc(k.groups, func(g *group) bool { return g.name == l.Group && g.subject == d.bus.subject(l.Subscription) })
@@ -263,12 +187,11 @@ func (d *DeadLetters) replay(l bus.DeadLetter) error {
 	m := *messages[slices.IndexFunc(messages, func(m *stored) bool { return m.sequence == l.Sequence })]
 	m.subject, m.stream, m.sequence, m.at = d.bus.subject(l.Topic), l.Stream, l.Origin, time.Now()
 	m.redrives, m.letter = l.Redrives+1, nil
-	k.queue(k.groups[i], &m)
+	if g := k.groups[i]; g.firstParked(m.key) != nil {
+		g.park(&m)
+		k.releaseRest(g, m.key)
+	} else {
+		k.queue(g, &m)
+	}
 	return d.discard(l)
-}
-
-func (d *DeadLetters) discard(l bus.DeadLetter) error {
-	s := d.stream()
-	s.messages = slices.DeleteFunc(s.messages, func(m *stored) bool { return m.sequence == l.Sequence })
-	return nil
 }

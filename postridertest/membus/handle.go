@@ -114,7 +114,7 @@ func (s *subscription) settle(ctx context.Context, d *delivery, m, reply *postri
 	b := s.bus
 	if errors.Is(err, errUnwanted) {
 		b.count(func(st *bus.Stats) { st.Filtered++ })
-		b.broker.release(s, d, -1)
+		b.broker.settled(s, d, -1)
 		return
 	}
 	dead := false
@@ -126,12 +126,14 @@ func (s *subscription) settle(ctx context.Context, d *delivery, m, reply *postri
 			s.retry(d, m, delay, err)
 			return
 		}
+		if s.parks(d, m, err) {
+			s.park(d, m, err)
+			return
+		}
 		if s.handler.IsCall() {
 			reply = postrider.ErrorReply(m, err)
 		}
-		// The refusal of a command is an answer, and its asker gets it. Anything else that failed for good is kept.
-		refused := !postrider.Retryable(err) && reply != nil && reply.Topic != ""
-		dead = !refused
+		dead = !s.refuses(m, err)
 	}
 	if reply != nil && reply.Topic != "" {
 		if pubErr := b.Publish(ctx, reply); pubErr != nil {
@@ -145,7 +147,17 @@ func (s *subscription) settle(ctx context.Context, d *delivery, m, reply *postri
 	} else {
 		b.count(func(st *bus.Stats) { st.Handled++ })
 	}
-	b.broker.release(s, d, -1)
+	b.broker.settled(s, d, -1)
+}
+
+// refuses says if an error is the refusal of a command: an answer, and its asker gets it. Anything else that failed for good
+// is kept.
+func (s *subscription) refuses(m *postrider.Message, err error) bool {
+	if !s.handler.IsCall() || postrider.Retryable(err) {
+		return false
+	}
+	reply := postrider.ErrorReply(m, err)
+	return reply != nil && reply.Topic != ""
 }
 
 // retry has the message delivered again after a delay.
@@ -155,7 +167,7 @@ func (s *subscription) retry(d *delivery, m *postrider.Message, delay time.Durat
 	}
 	s.log.Debug("attempt failed", "id", m.ID, "type", m.Type, "attempt", d.attempt, "delay", delay, "error", err)
 	s.bus.count(func(st *bus.Stats) { st.Retried++ })
-	s.bus.broker.release(s, d, delay)
+	s.bus.broker.settled(s, d, delay)
 }
 
 // count changes the counters, unless the process has died.

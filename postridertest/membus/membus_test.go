@@ -25,8 +25,12 @@ func suite(bubble bool) bustest.Suite {
 		return bustest.Broker{
 			Open:        func(cfg bus.Config) (bustest.Bus, error) { return broker.New(cfg) },
 			DeadLetters: func(b bustest.Bus) bustest.DeadLetters { return b.(*membus.Bus).DeadLetters() },
-			Crash:       func(b bustest.Bus) { b.(*membus.Bus).Crash() },
-			Inject:      broker.Inject,
+			Parked:      func(b bustest.Bus) bustest.Parked { return b.(*membus.Bus).Parked() },
+			Async: func(b bustest.Bus, window int, result func(*postrider.Message, error)) bustest.Async {
+				return b.(*membus.Bus).Async(window, result)
+			},
+			Crash:  func(b bustest.Bus) { b.(*membus.Bus).Crash() },
+			Inject: broker.Inject,
 		}
 	}}
 }
@@ -190,6 +194,24 @@ func TestStreams(t *testing.T) {
 			t.Errorf("New without a Source: %v", err)
 		}
 	})
+}
+
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	b := newBus(t, new(membus.Broker))
+	m, err := placed.Message(t.Context(), &order{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Check(m); err != nil {
+		t.Error(err)
+	}
+	if err := m.SetExtension(postrider.ExtExpiryTime, "soon"); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Check(m); !errors.Is(err, postrider.InvalidArgument) {
+		t.Errorf("a message whose expiry is no time: %v", err)
+	}
 }
 
 func TestPrefix(t *testing.T) {

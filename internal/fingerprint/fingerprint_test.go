@@ -1,9 +1,7 @@
-package bus
+package fingerprint
 
 import (
 	"testing"
-	"testing/synctest"
-	"time"
 
 	"github.com/postrider/postrider"
 )
@@ -26,17 +24,17 @@ func TestFingerprintGroupsTheSameFault(t *testing.T) {
 			if got := normalise(text); got != want {
 				t.Errorf("%q becomes %q, want %q", text, got, want)
 			}
-			if fingerprint(postrider.NotFound, text) != fingerprint(postrider.NotFound, texts[0]) {
+			if Of(postrider.NotFound, text) != Of(postrider.NotFound, texts[0]) {
 				t.Errorf("%q and %q have different fingerprints", text, texts[0])
 			}
 		}
 	}
-	base := fingerprint(postrider.NotFound, "no such reader")
-	if fingerprint(postrider.Internal, "no such reader") == base || fingerprint(postrider.NotFound, "no such writer") == base {
+	base := Of(postrider.NotFound, "no such reader")
+	if Of(postrider.Internal, "no such reader") == base || Of(postrider.NotFound, "no such writer") == base {
 		t.Error("different faults have one fingerprint")
 	}
 	// Stored in letters: another value splits the groups of those that are there.
-	if got := fingerprint(postrider.NotFound, `no order "o-17" (3 tries)`); got != "f0eb293ee4fb31f2" {
+	if got := Of(postrider.NotFound, `no order "o-17" (3 tries)`); got != "f0eb293ee4fb31f2" {
 		t.Errorf("fingerprint is %s", got)
 	}
 }
@@ -48,34 +46,6 @@ func FuzzNormalise(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		if once := normalise(s); normalise(once+" 17") != normalise(once+" 4") {
 			t.Errorf("%q: a number at the end makes a difference", s)
-		}
-	})
-}
-
-func TestPacerSpacesTurns(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		stop := make(chan struct{})
-		p := pacer{interval: 100 * time.Millisecond}
-		start := time.Now()
-		for i := range 5 {
-			if !p.wait(stop) {
-				t.Fatal("stopped")
-			}
-			if took, want := time.Since(start), time.Duration(i)*p.interval; took != want {
-				t.Errorf("turn %d came after %v, want %v", i, took, want)
-			}
-		}
-		time.AfterFunc(10*time.Millisecond, func() { close(stop) })
-		if p.wait(stop) {
-			t.Error("a turn came after the stop")
-		}
-		all := pacer{interval: -1}
-		start = time.Now()
-		for range 3 {
-			if !all.wait(nil) || time.Since(start) != 0 {
-				t.Errorf("a turn without a rate came after %v", time.Since(start))
-			}
 		}
 	})
 }

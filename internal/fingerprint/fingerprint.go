@@ -1,4 +1,5 @@
-package bus
+// Package fingerprint tells dead letters of one cause from those of another.
+package fingerprint
 
 import (
 	"fmt"
@@ -10,9 +11,9 @@ import (
 	"github.com/postrider/postrider"
 )
 
-// fingerprint is the same for errors of one code whose texts differ in numbers, ids and quoted text only: 16 hexadecimal
+// Of is the same for errors of one code whose texts differ in numbers, ids and quoted text only: 16 hexadecimal
 // digits of FNV-1a over the code and the normalised text. It is stored, so that a change of it splits groups.
-func fingerprint(code postrider.Code, cause string) string {
+func Of(code postrider.Code, cause string) string {
 	h := fnv.New64a()
 	_, _ = h.Write([]byte(code.String() + "\x00" + normalise(cause)))
 	return fmt.Sprintf("%016x", h.Sum64())
