@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -20,8 +22,9 @@ import (
 	"github.com/postrider/postrider/postridertest"
 )
 
-// cluster starts three servers that form a cluster and returns their addresses.
-func cluster(t *testing.T) string {
+// cluster starts three servers that form a cluster, each with what dirs has for it if there is anything, and returns them with
+// their addresses.
+func cluster(t *testing.T, dirs ...string) (nodes []*devstack.NATS, servers string) {
 	t.Helper()
 	var ports []int
 	var routes, urls []string
@@ -37,14 +40,18 @@ func cluster(t *testing.T) string {
 		ports, routes = append(ports, port), append(routes, fmt.Sprintf("nats-route://127.0.0.1:%d", port))
 	}
 	for i := range 3 {
-		srv, err := devstack.StartNATS(t.Context(), devstack.NATSConfig{InMemory: true, Options: func(o *server.Options) {
+		cfg := devstack.NATSConfig{InMemory: true, Options: func(o *server.Options) {
 			o.ServerName = fmt.Sprint("n", i)
 			o.Cluster = server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: ports[i]}
 			for _, r := range routes {
 				u, _ := url.Parse(r)
 				o.Routes = append(o.Routes, u)
 			}
-		}})
+		}}
+		if len(dirs) > 0 {
+			cfg.InMemory, cfg.StoreDir, cfg.SyncDefault = false, dirs[i], true
+		}
+		srv, err := devstack.StartNATS(t.Context(), cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -53,9 +60,9 @@ func cluster(t *testing.T) string {
 				t.Error(err)
 			}
 		})
-		urls = append(urls, srv.URL)
+		nodes, urls = append(nodes, srv), append(urls, srv.URL)
 	}
-	return strings.Join(urls, ",")
+	return nodes, strings.Join(urls, ",")
 }
 
 // In a cluster with three replicas nothing is lost or refused when the leaders of stream and consumer step down.
@@ -70,7 +77,7 @@ func TestThreeReplicas(t *testing.T) {
 		t.Cleanup(nc.Close)
 		return nc
 	}
-	servers := cluster(t)
+	_, servers := cluster(t)
 	nc := connect(servers)
 	js, err := jetstream.New(nc)
 	if err != nil {
@@ -140,5 +147,96 @@ func TestThreeReplicas(t *testing.T) {
 	}
 	if n := s.CachedInfo().State.Msgs; n != notes+60 {
 		t.Errorf("the stream has %d messages, want %d", n, notes+60)
+	}
+}
+
+// A cluster that loses one disk, or is restarted, has lost nothing, and nothing is sent again; one that loses the ends of all its
+// disks gets them again.
+func TestRelayOnACluster(t *testing.T) {
+	t.Parallel()
+	base, ctx := t.TempDir(), t.Context()
+	var dirs []string
+	for i := range 3 {
+		dirs = append(dirs, filepath.Join(base, fmt.Sprint(i)))
+	}
+	nodes, servers := cluster(t, dirs...)
+	f := newFickleOn(t, servers, func(c *bus.Config) { c.Streams[0].Replicas, c.PublishTimeout = 3, time.Minute })
+	must := func(errs ...error) {
+		t.Helper()
+		if err := errors.Join(errs...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// settled waits until all replicas have all.
+	settled := func() {
+		t.Helper()
+		postridertest.Eventually(t, func() error {
+			s, err := f.js.Stream(ctx, "NOTES")
+			if err != nil {
+				return err
+			}
+			c := s.CachedInfo().Cluster
+			if c == nil || c.Leader == "" || len(c.Replicas) != 2 {
+				return fmt.Errorf("cluster %+v", c)
+			}
+			for _, r := range c.Replicas {
+				if !r.Current || r.Offline || r.Lag > 0 {
+					return fmt.Errorf("replica %+v", r)
+				}
+			}
+			return nil
+		})
+	}
+	more := func() {
+		t.Helper()
+		f.publish(30)
+		f.wantAll()
+		f.wantMark(f.n)
+		settled()
+	}
+	whole := func(after string) {
+		t.Helper()
+		if log := f.log.String(); strings.Contains(log, "has lost") {
+			t.Errorf("after %s:\n%s", after, log)
+		}
+	}
+	more()
+	stream, err := f.js.Stream(ctx, "NOTES")
+	must(err)
+	var leader int
+	if _, err := fmt.Sscanf(stream.CachedInfo().Cluster.Leader, "n%d", &leader); err != nil {
+		t.Fatal(err)
+	}
+	must(nodes[leader].Stop(), os.RemoveAll(dirs[leader]))
+	f.publish(10)
+	must(nodes[leader].Start(ctx))
+	more()
+	whole("the leader's disk was lost")
+	for _, node := range nodes {
+		must(node.Stop())
+	}
+	f.publish(10)
+	for _, node := range nodes {
+		must(node.Start(ctx))
+	}
+	more()
+	whole("a restart of all")
+
+	for _, dir := range dirs {
+		postridertest.Eventually(t, func() error { // files come and go
+			return errors.Join(os.RemoveAll(dir+".kept"), os.CopyFS(dir+".kept", os.DirFS(dir)))
+		})
+	}
+	more()
+	for i, node := range nodes {
+		must(node.Stop(), os.RemoveAll(dirs[i]), os.Rename(dirs[i]+".kept", dirs[i]))
+	}
+	f.publish(10)
+	for _, node := range nodes {
+		must(node.Start(ctx))
+	}
+	more()
+	if log := f.log.String(); !strings.Contains(log, "has lost") {
+		t.Errorf("the ends of all disks were lost:\n%s", log)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -22,13 +21,30 @@ type tail struct {
 }
 
 // Tail returns where the streams of some topics end now, by the names of the streams: all that was acknowledged before the
-// call is up to there. The values are for [Bus.Lost], now or after a restart. An outbox relay asks for them.
-func (b *Bus) Tail(ctx context.Context, topics []string) (map[string]string, error) {
+// call is up to there. With delayed the bus's own stream is among them, where messages wait that are to be delivered later. The
+// values are for [Bus.Lost], now or after a restart. An outbox relay asks for them.
+func (b *Bus) Tail(ctx context.Context, topics []string, delayed bool) (map[string]string, error) {
 	const op = "bus: read the end of a stream"
 	if err := b.connected(op); err != nil {
 		return nil, err
 	}
 	tails := map[string]string{}
+	read := func(name, topic string) error {
+		stream, err := b.js.Stream(ctx, name)
+		if err != nil {
+			return err
+		}
+		info := stream.CachedInfo()
+		text, err := json.Marshal(tail{topic, info.Created, info.State.LastSeq, info.State.LastTime})
+		tails[name] = string(text)
+		return err
+	}
+	if delayed {
+		// Where nothing was put off by this or another bus, because its time had come by then, there is none.
+		if err := read(b.ownStreamName(), schedTopics+".at"); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+			return nil, fromNATS(op, err)
+		}
+	}
 	seen := map[*lane]bool{}
 	for _, topic := range topics {
 		subject := b.subject(topic)
@@ -40,16 +56,9 @@ func (b *Bus) Tail(ctx context.Context, topics []string) (map[string]string, err
 			continue
 		}
 		seen[l] = true
-		stream, err := b.js.Stream(ctx, l.name)
-		if err != nil {
+		if err := read(l.name, topic); err != nil {
 			return nil, fromNATS(op, err)
 		}
-		info := stream.CachedInfo()
-		text, err := json.Marshal(tail{topic, info.Created, info.State.LastSeq, info.State.LastTime})
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", op, err)
-		}
-		tails[l.name] = string(text)
 	}
 	return tails, nil
 }
@@ -71,7 +80,11 @@ func (b *Bus) Lost(ctx context.Context, tails map[string]string) ([]string, erro
 		stream, err := b.js.Stream(ctx, name)
 		if errors.Is(err, jetstream.ErrStreamNotFound) && b.declareAgain(b.subject(t.Topic)) {
 			b.pub.forget(b.subject(t.Topic))
-			if err := b.declare(ctx); err != nil {
+			declare := b.declare
+			if name == b.ownStreamName() {
+				declare = b.declareOwn
+			}
+			if err := declare(ctx); err != nil {
 				return nil, err
 			}
 			stream, err = b.js.Stream(ctx, name)

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -30,7 +32,8 @@ var _ outbox.Tailer = (*bus.Bus)(nil)
 type fickle struct {
 	t      *testing.T
 	dir    string
-	server *devstack.NATS
+	server *devstack.NATS // nil: several
+	log    syncBuffer
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	pool   *pgxpool.Pool
@@ -48,26 +51,36 @@ type interrupted struct {
 	before atomic.Pointer[func()]
 }
 
-func (i *interrupted) Tail(ctx context.Context, topics []string) (map[string]string, error) {
+func (i *interrupted) Tail(ctx context.Context, topics []string, delayed bool) (map[string]string, error) {
 	if before := i.before.Swap(nil); before != nil {
 		(*before)()
 	}
-	return i.Bus.Tail(ctx, topics)
+	return i.Bus.Tail(ctx, topics, delayed)
 }
 
-func newFickle(t *testing.T) *fickle {
+func newFickle(t *testing.T, change ...func(*bus.Config)) *fickle {
 	t.Helper()
-	f := &fickle{t: t, dir: filepath.Join(t.TempDir(), "store"), pool: postridertest.Postgres(t)}
-	var err error
-	if f.server, err = devstack.StartNATS(t.Context(), devstack.NATSConfig{StoreDir: f.dir, SyncDefault: true}); err != nil {
+	dir := filepath.Join(t.TempDir(), "store")
+	server, err := devstack.StartNATS(t.Context(), devstack.NATSConfig{StoreDir: dir, SyncDefault: true})
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := f.server.Close(); err != nil {
+		if err := server.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	if f.nc, err = nats.Connect(f.server.URL, nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond)); err != nil {
+	f := newFickleOn(t, server.URL, change...)
+	f.dir, f.server = dir, server
+	return f
+}
+
+// newFickleOn is newFickle for servers that run.
+func newFickleOn(t *testing.T, url string, change ...func(*bus.Config)) *fickle {
+	t.Helper()
+	f := &fickle{t: t, pool: postridertest.Postgres(t)}
+	var err error
+	if f.nc, err = nats.Connect(url, nats.MaxReconnects(-1), nats.ReconnectWait(20*time.Millisecond)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(f.nc.Close)
@@ -80,14 +93,14 @@ func newFickle(t *testing.T) *fickle {
 	if f.ob, err = outbox.New(outbox.Config{Source: "//test/notes"}); err != nil {
 		t.Fatal(err)
 	}
-	f.bus = &interrupted{Bus: newBus(t, f.nc)}
+	f.bus = &interrupted{Bus: newBus(t, f.nc, change...)}
 	f.start()
 	return f
 }
 
 func (f *fickle) start() {
 	f.t.Helper()
-	relay, err := outbox.NewRelay(f.pool, f.bus, outbox.RelayConfig{Outbox: f.ob, BatchSize: 20, Logger: postridertest.Logger(f.t)})
+	relay, err := outbox.NewRelay(f.pool, f.bus, outbox.RelayConfig{Outbox: f.ob, BatchSize: 20, Logger: slog.New(slog.NewTextHandler(&f.log, nil))})
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -114,8 +127,10 @@ func (f *fickle) publish(count int) {
 }
 
 // notes returns the numbers of the notes that the stream holds, in its order.
-func (f *fickle) notes() ([]int, error) {
-	stream, err := f.js.Stream(f.t.Context(), "NOTES")
+func (f *fickle) notes() ([]int, error) { return f.notesOf("NOTES") }
+
+func (f *fickle) notesOf(name string) ([]int, error) {
+	stream, err := f.js.Stream(f.t.Context(), name)
 	if err != nil {
 		return nil, err
 	}
@@ -163,10 +178,16 @@ func (f *fickle) wantAll() {
 // wantMark waits until it is written that the stream had so many notes.
 func (f *fickle) wantMark(sequence int) {
 	f.t.Helper()
+	f.wantMarkOf("NOTES", sequence)
+}
+
+// wantMarkOf waits until it is written that a stream ended there.
+func (f *fickle) wantMarkOf(stream string, sequence int) {
+	f.t.Helper()
 	postridertest.Eventually(f.t, func() error {
 		var there bool
-		err := f.pool.QueryRow(f.t.Context(), `select exists (select from postrider.postrider_outbox_mark where tails->>'NOTES' like $1)`,
-			fmt.Sprintf(`%%"sequence":%d,%%`, sequence)).Scan(&there)
+		err := f.pool.QueryRow(f.t.Context(), `select exists (select from postrider.postrider_outbox_mark where tails->>$2 like $1)`,
+			fmt.Sprintf(`%%"sequence":%d,%%`, sequence), stream).Scan(&there)
 		if err == nil && !there {
 			err = errors.New("there is no mark")
 		}
@@ -180,6 +201,24 @@ func (f *fickle) keep() {
 	postridertest.Eventually(f.t, func() error { // files come and go
 		return errors.Join(os.RemoveAll(f.dir+".kept"), os.CopyFS(f.dir+".kept", os.DirFS(f.dir)))
 	})
+}
+
+// syncBuffer keeps what several goroutines write.
+type syncBuffer struct {
+	mu  sync.Mutex
+	all strings.Builder
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all.String()
 }
 
 // lose has the server come back with the store that was kept.
@@ -242,6 +281,110 @@ func TestRelayWritesNoMarkOfWhatIsLost(t *testing.T) {
 	f.lose()
 	close(lost)
 	f.wantAll()
+}
+
+// What waits for its time is lost with the end of the stream where it waits, or with that stream.
+func TestRelaySendsAgainWhatWasPutOff(t *testing.T) {
+	t.Parallel()
+	f, ctx := newFickle(t), t.Context()
+	putOff := func(n int) {
+		t.Helper()
+		err := pgx.BeginFunc(ctx, f.pool, func(tx pgx.Tx) error {
+			return noted.Publish(ctx, f.ob.In(tx), &note{N: n}, postrider.MessageID(fmt.Sprint("later ", n)), postrider.Delay(time.Hour))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	waiting := func(want uint64) {
+		t.Helper()
+		postridertest.Eventually(t, func() error {
+			stream, err := f.js.Stream(ctx, "SCHEDULES")
+			if err == nil && stream.CachedInfo().State.Msgs != want {
+				err = fmt.Errorf("%d messages wait, want %d", stream.CachedInfo().State.Msgs, want)
+			}
+			return err
+		})
+	}
+	putOff(0)
+	f.publish(10)
+	f.wantAll()
+	waiting(1)
+	f.wantMarkOf("SCHEDULES", 1)
+	f.keep()
+	for n := 1; n < 5; n++ {
+		putOff(n)
+	}
+	waiting(5)
+	f.wantMarkOf("SCHEDULES", 5)
+	f.lose()
+	f.publish(10) // so that there is something to do
+	f.wantAll()
+	waiting(5)
+	if err := f.js.DeleteStream(ctx, "SCHEDULES"); err != nil {
+		t.Fatal(err)
+	}
+	f.publish(10)
+	f.wantAll()
+	waiting(5)
+	if in, err := f.bus.Cancel(ctx, "later 3"); !in || err != nil { // under its id, which is this bus's
+		t.Errorf("cancel: %v, %v", in, err)
+	}
+}
+
+// A stream that has lost nothing gets nothing again, though another one has lost all.
+func TestRelaySendsAgainWhatWasLostOnly(t *testing.T) {
+	t.Parallel()
+	f := newFickle(t, func(c *bus.Config) {
+		c.Streams = append(c.Streams, bus.Stream{Name: "OTHERS", Topics: []string{"others.>"}, DuplicateWindow: 100 * time.Millisecond})
+	})
+	others, n := postrider.NewTopic[note]("others.v1"), 0
+	publish := func(count int) {
+		t.Helper()
+		for range count {
+			n++
+			err := pgx.BeginFunc(t.Context(), f.pool, func(tx pgx.Tx) error {
+				return others.Publish(t.Context(), f.ob.In(tx), &note{N: n})
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.publish(1)
+		}
+	}
+	want := func() {
+		t.Helper()
+		postridertest.Eventually(t, func() error {
+			stream, err := f.js.Stream(t.Context(), "OTHERS")
+			if err == nil && stream.CachedInfo().State.LastSeq < uint64(n) {
+				err = fmt.Errorf("%d of %d", stream.CachedInfo().State.LastSeq, n)
+			}
+			return err
+		})
+	}
+	publish(30)
+	f.wantMark(30)
+	publish(30)
+	f.wantMarkOf("OTHERS", 60)
+	f.wantMark(60)
+	for range 2 {
+		if err := f.js.DeleteStream(t.Context(), "NOTES"); err != nil {
+			t.Fatal(err)
+		}
+		publish(5) // which are in doubt when that is noticed, and may come twice
+		f.wantAll()
+		want()
+		f.wantMark(n)
+	}
+	got, err := f.notesOf("OTHERS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range slices.Sorted(slices.Values(got)) {
+		if i < 60 && n != i+1 || len(got) < 70 {
+			t.Fatalf("the stream that lost nothing has %v", got)
+		}
+	}
 }
 
 // The relay is away when the server loses its end, and others have filled it again when the relay is back.
@@ -335,7 +478,7 @@ func TestTailAndLost(t *testing.T) {
 	}
 	tail := func() map[string]string {
 		t.Helper()
-		tails, err := b.Tail(ctx, []string{"notes.written.v1", "notes.other", "replies.x"})
+		tails, err := b.Tail(ctx, []string{"notes.written.v1", "notes.other", "replies.x"}, false)
 		if err != nil || len(tails) != 1 || tails["NOTES"] == "" {
 			t.Fatalf("tails %v, %v", tails, err)
 		}
@@ -379,7 +522,7 @@ func TestTailAndLost(t *testing.T) {
 	if _, err := b.Lost(ctx, map[string]string{"NOTES": "x"}); !errors.Is(err, postrider.InvalidArgument) {
 		t.Errorf("no tail: %v", err)
 	}
-	if _, err := b.Tail(ctx, []string{"nobody.takes.this"}); !errors.Is(err, postrider.FailedPrecondition) {
+	if _, err := b.Tail(ctx, []string{"nobody.takes.this"}, false); !errors.Is(err, postrider.FailedPrecondition) {
 		t.Errorf("no stream: %v", err)
 	}
 }
@@ -398,7 +541,7 @@ func TestRedriveIsNoDuplicate(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	tails, err := b.Tail(ctx, []string{"notes.written.v1"})
+	tails, err := b.Tail(ctx, []string{"notes.written.v1"}, true)
 	if err != nil || !strings.Contains(tails["NOTES"], `"sequence":3,`) {
 		t.Errorf("%v, %v, want three messages", tails, err)
 	}

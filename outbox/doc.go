@@ -53,8 +53,8 @@
 // stream may be deleted and created again. With bus.Bus as its publisher the relay writes down once a second where the
 // streams end, compares whenever the broker was away and every few seconds, and sends again, in its order, all that the tables
 // retain from where the broker is known to be whole: see [Tailer]. Hence Retain should be longer than the broker's sync
-// interval. What the broker still has are duplicates within its duplicate window. Messages that were put off (postrider.Delay)
-// are not followed to the broker's scheduler.
+// interval. Streams that are whole get again only what they got in the last second or two, as duplicates within their duplicate window.
+// A message that was put off (postrider.Delay) is sent again while it waits, and not when it was lost after its time had come.
 //
 // # Logical replication
 //

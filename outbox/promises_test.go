@@ -48,7 +48,11 @@ var promises = []struct {
 	}},
 	{"what a broker has accepted and lost stays lost", []string{
 		"../bus TestRelaySendsAgainWhatAPowerCutHasLost", "../bus TestRelayWritesNoMarkOfWhatIsLost",
-		"../bus TestRelayIsNotDeceivedByNewSequences", "../bus TestRelayAfterDeletionAndPurge",
+		"../bus TestRelayIsNotDeceivedByNewSequences", "../bus TestRelayAfterDeletionAndPurge", "../bus TestRelayOnACluster",
+		"../bus TestRelaySendsAgainWhatWasPutOff",
+	}},
+	{"a stream that is whole gets again what another one has lost", []string{
+		"../bus TestRelaySendsAgainWhatWasLostOnly", "../bus TestRelayOnACluster",
 	}},
 	{"a replication slot outlives its relay", []string{"TestLogical", "TestLogicalServer", "TestLogicalProcesses"}},
 	{"a message is sent though its transaction was rolled back", []string{

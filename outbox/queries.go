@@ -11,7 +11,7 @@ type queries struct {
 	lockKeys, insertOne, insertKeyed               string // in the user's transaction
 	insertMany, insertManyKeyed, depth             string // the same
 	sequence, acquire, probe, plan, page, write    string // the relay's ordinary work
-	dead, adopt, adoptCursor                       string // what happens seldom
+	dead, adopt, adoptCursor, covered              string // what happens seldom
 	mark, marks, toMark, dropMarks                 string // what the broker had when
 	status, pause, resume                          string // for operators
 	deadList, deadTake                             string // the same
@@ -176,6 +176,12 @@ func newQueries(schema string) queries {
 			select o.id, o.at, o.topic, o.attributes, o.data, c.cause
 			from unnest($1::bigint[], $2::text[]) as c (id, cause) join :"schema".postrider_outbox as o on o.id = c.id
 			on conflict (id) do nothing`),
+
+		// Which of some rows the cursor of a mark covers. The index on id.
+		covered: in(`
+			select id from :"schema".postrider_outbox
+			where id = any($1::bigint[]) and (pg_visible_in_snapshot(xid, (select $2::text::pg_snapshot))
+				or id <= $4 and pg_visible_in_snapshot(xid, (select nullif($3::text, '')::pg_snapshot)))`),
 
 		// Adds a mark, if the lease is still ours, and removes those that are $9 older. By the primary key.
 		mark: in(`

@@ -228,8 +228,12 @@ func (t *term) readGap() error {
 			return nil
 		}
 		f.gap = &c
+		t.kept.beginScan()
 	}
 	p, full, err := t.fetch(*f.gap)
+	if err == nil {
+		err = t.noteKept(&p, full)
+	}
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ type row struct {
 	topic string
 	msg   *postrider.Message
 	err   error // it cannot be read
+	kept  *kept // it was sent before the cursor went back; nil: it is to be sent
 }
 
 // sight is what a look at the outbox has found.
@@ -52,9 +53,13 @@ func (t *term) read() (sight, error) {
 			if c, news = c.begin(s, t.highest, t.floor); !news {
 				return nothing, nil
 			}
+			t.kept.beginScan()
 		}
 	}
 	p, full, err := t.fetch(c)
+	if err == nil {
+		err = t.noteKept(&p, full)
+	}
 	if err != nil {
 		return nothing, err
 	}

@@ -234,7 +234,7 @@ func (t *term) settle(res result) error {
 	}
 	t.tail.note(res)
 	t.unwritten += len(res.page.rows)
-	t.r.published.Add(uint64(len(res.page.rows) - len(res.dead)))
+	t.r.published.Add(uint64(len(res.page.rows) - len(res.dead) - res.kept))
 	t.r.died.Add(uint64(len(res.dead)))
 	t.settled = max(t.settled, res.page.upTo)
 	t.measure()

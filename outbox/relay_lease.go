@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
@@ -71,6 +72,7 @@ type term struct {
 	ringSeen  time.Time // when the ring was looked at
 	ringError string    // the last one, to log it once
 
+	kept *kept      // what need not be sent again
 	tail *tailWatch // nil: the publisher cannot tell what the broker has
 
 	feeding feeding // logical replication
@@ -84,14 +86,14 @@ func (r *Relay) newTerm(ctx context.Context, owner string, search bool) (*term, 
 	if err != nil {
 		return nil, fmt.Errorf("outbox: connect: %w", err)
 	}
-	t, err := r.takeLease(ctx, conn, owner, search)
+	t, err := r.takeLease(ctx, conn, owner, search, nil)
 	if t == nil {
 		conn.Release()
 	}
 	return t, err
 }
 
-func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string, search bool) (*term, error) {
+func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string, search bool, k *kept) (*term, error) {
 	begun := time.Now()
 	queryCtx, cancel := context.WithTimeout(ctx, r.cfg.LeaseTTL)
 	defer cancel()
@@ -116,15 +118,18 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string,
 		if err := t.adopt(ctx); err != nil {
 			return nil, err
 		}
-		return r.takeLease(ctx, conn, owner, false)
+		return r.takeLease(ctx, conn, owner, false, nil)
 	}
 	if tailer, ok := r.pub.(Tailer); ok {
-		tails, moved, err := t.goBack(queryCtx, tailer, s, search)
+		tails, moved, back, err := t.goBack(queryCtx, tailer, s, search)
 		if err != nil {
 			return nil, err
 		}
 		if moved {
-			return r.takeLease(ctx, conn, owner, false)
+			return r.takeLease(ctx, conn, owner, false, back)
+		}
+		if t.kept = k; k != nil { // else what is not sent again might be lost unseen
+			maps.Copy(tails, k.tails)
 		}
 		t.tail = newTailWatch(tailer, r.log, tails)
 	}

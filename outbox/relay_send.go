@@ -14,6 +14,7 @@ import (
 type result struct {
 	page   page
 	dead   []refusal // those of its rows that were refused for good
+	kept   int       // those that need not be sent again
 	gaveUp bool      // the page is not done
 }
 
@@ -34,9 +35,12 @@ func (t *term) send(ctx, quit context.Context, p page) result {
 	res := result{page: p}
 	pending := make([]row, 0, len(p.rows))
 	for _, row := range p.rows {
-		if row.err != nil {
+		switch {
+		case row.err != nil:
 			res.dead = append(res.dead, refusal{row, row.err})
-		} else {
+		case row.kept != nil && row.kept.holds(ctx, t.tail.pub, row):
+			res.kept++
+		default:
 			pending = append(pending, row)
 		}
 	}

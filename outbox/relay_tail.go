@@ -26,8 +26,9 @@ type Tailer interface {
 	// PublishOnce is Publish without further attempts after one that failed.
 	PublishOnce(ctx context.Context, msgs ...*postrider.Message) error
 
-	// Tail returns where the streams of these topics end, by stream: whatever was accepted before the call is up to there.
-	Tail(ctx context.Context, topics []string) (map[string]string, error)
+	// Tail returns where the streams of these topics end, by stream: whatever was accepted before the call is up to there. With
+	// delayed it tells as well of where messages wait that are to be delivered later (postrider.ExtDeliverAt).
+	Tail(ctx context.Context, topics []string, delayed bool) (map[string]string, error)
 
 	// Lost returns the streams that do not hold any more what was up to these tails. What was removed on purpose is not lost.
 	Lost(ctx context.Context, tails map[string]string) ([]string, error)
@@ -70,6 +71,7 @@ type tailWatch struct {
 	settled int // pages with messages
 	told    int // so many of them are in a mark, or in one that is being made
 	topics  map[string]bool
+	delayed bool // and where messages wait that were put off
 	asked   time.Time
 	asking  bool
 	failing time.Time // since when no mark could be made
@@ -81,6 +83,7 @@ type markJob struct {
 	cursor  stored
 	settled int
 	topics  []string
+	delayed bool
 	tails   map[string]string
 	err     error
 }
@@ -168,7 +171,7 @@ func (w *tailWatch) run(ctx context.Context, lost func()) {
 			if !open {
 				return
 			}
-			job.tails, job.err = w.read(ctx, job.topics)
+			job.tails, job.err = w.read(ctx, job)
 			if errors.Is(job.err, errTailLost) {
 				lost()
 			}
@@ -186,13 +189,13 @@ func (w *tailWatch) run(ctx context.Context, lost func()) {
 
 // read reads tails of a broker that was not away since it accepted what they are to stand for: else they may be the ends
 // of streams that have lost it.
-func (w *tailWatch) read(ctx context.Context, topics []string) (map[string]string, error) {
+func (w *tailWatch) read(ctx context.Context, job markJob) (map[string]string, error) {
 	if err := w.look(ctx); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, tailTimeout)
 	defer cancel()
-	tails, err := w.pub.Tail(ctx, topics)
+	tails, err := w.pub.Tail(ctx, job.topics, job.delayed)
 	reconnect := w.pub.Reconnects()
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -213,9 +216,13 @@ func (w *tailWatch) note(res result) {
 		dead[d.row.id] = true
 	}
 	for _, row := range res.page.rows {
-		if row.topic != w.last && !dead[row.id] {
+		if dead[row.id] {
+			continue
+		}
+		if row.topic != w.last {
 			w.last, w.topics[row.topic] = row.topic, true
 		}
+		w.delayed = w.delayed || row.delayed()
 	}
 }
 
@@ -225,8 +232,8 @@ func (w *tailWatch) job(done cursor) (job markJob, news bool) {
 		return job, false
 	}
 	w.told = w.settled
-	job = markJob{cursor: done.store(), settled: w.settled, topics: slices.Sorted(maps.Keys(w.topics))}
-	w.topics, w.last = map[string]bool{}, ""
+	job = markJob{cursor: done.store(), settled: w.settled, topics: slices.Sorted(maps.Keys(w.topics)), delayed: w.delayed}
+	w.topics, w.last, w.delayed = map[string]bool{}, "", false
 	return job, true
 }
 
@@ -267,7 +274,7 @@ func (t *term) mark(ctx context.Context, job markJob) error {
 		for _, topic := range job.topics {
 			w.topics[topic] = true
 		}
-		w.told = -1
+		w.told, w.delayed = -1, w.delayed || job.delayed
 		return nil
 	default:
 		t.r.log.WarnContext(ctx, "cannot see where the broker's streams end: what it loses from now on will not be noticed", "error", job.err)
@@ -299,7 +306,7 @@ func (t *term) lastMark(ctx context.Context) error {
 	if !news {
 		return nil
 	}
-	if job.tails, job.err = w.read(ctx, job.topics); job.err != nil {
+	if job.tails, job.err = w.read(ctx, job); job.err != nil {
 		return job.err
 	}
 	return t.mark(ctx, job)
@@ -338,25 +345,26 @@ type storedMark struct {
 }
 
 // goBack puts the cursor back to the newest mark, or, with search, to the newest one that holds; if none does, to the
-// beginning of all that is retained. It says if the cursor was elsewhere, and returns the tails of the mark.
-func (t *term) goBack(ctx context.Context, pub Tailer, now stored, search bool) (tails map[string]string, moved bool, err error) {
+// beginning of all that is retained. It says if the cursor was elsewhere, and returns the tails of the mark, and what need
+// not be sent again all the same.
+func (t *term) goBack(ctx context.Context, pub Tailer, now stored, search bool) (tails map[string]string, moved bool, k *kept, err error) {
 	q, limit := &t.r.outbox.q, 1
 	if search {
 		limit = 10_000
 	}
 	rows, err := t.conn.Query(ctx, q.marks, limit)
 	if err != nil {
-		return nil, false, fmt.Errorf("outbox: read marks: %w", err)
+		return nil, false, nil, fmt.Errorf("outbox: read marks: %w", err)
 	}
 	marks, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (m storedMark, err error) {
 		err = row.Scan(&m.n, &m.at, &m.tails, &m.prev, &m.cur, &m.last, &m.floor, &m.floors)
 		return m, err
 	})
 	if err != nil {
-		return nil, false, fmt.Errorf("outbox: read marks: %w", err)
+		return nil, false, nil, fmt.Errorf("outbox: read marks: %w", err)
 	}
 	if len(marks) == 0 { // a new outbox, or nothing of the ring holds
-		return map[string]string{}, false, t.writeMark(ctx, now, map[string]string{})
+		return map[string]string{}, false, nil, t.writeMark(ctx, now, map[string]string{})
 	}
 	i := 0
 	if search {
@@ -366,12 +374,15 @@ func (t *term) goBack(ctx context.Context, pub Tailer, now stored, search bool) 
 			failed = errors.Join(failed, err)
 			return len(lost) == 0
 		})
+		if failed == nil && i > 0 {
+			k, failed = t.keptBy(ctx, pub, marks[0])
+		}
 		if failed != nil {
-			return nil, false, fmt.Errorf("outbox: look for what the broker still has: %w", failed)
+			return nil, false, nil, fmt.Errorf("outbox: look for what the broker still has: %w", failed)
 		}
 	}
 	if i < len(marks) && marks[i].prev == now.prev && marks[i].cur == now.cur && marks[i].last == now.last {
-		return marks[i].tails, false, nil
+		return marks[i].tails, false, nil, nil
 	}
 	var to int64
 	what := slog.String("from", "the beginning")
@@ -398,7 +409,7 @@ func (t *term) goBack(ctx context.Context, pub Tailer, now stored, search bool) 
 		return err
 	})
 	if err != nil {
-		return nil, false, fmt.Errorf("outbox: go back: %w", err)
+		return nil, false, nil, fmt.Errorf("outbox: go back: %w", err)
 	}
-	return nil, true, nil
+	return nil, true, k, nil
 }
