@@ -19,6 +19,7 @@ import (
 // the handler has run, and has no way to refuse one.
 type sdk struct {
 	connections
+	site
 	client client.Client
 }
 
@@ -27,12 +28,12 @@ func openCloudEvents(_ context.Context, s site) (session, error) {
 	if err != nil {
 		return nil, err
 	}
-	sender, err := cejetstream.NewSenderFromConn(c.pub, streamName, subject, nil)
+	sender, err := cejetstream.NewSenderFromConn(c.pub, s.stream, subject, nil)
 	if err != nil {
 		return nil, err
 	}
 	cl, err := client.New(sender)
-	return &sdk{connections: c, client: cl}, err
+	return &sdk{connections: c, site: s, client: cl}, err
 }
 
 func sdkEvent(v *value) (ce.Event, error) {
@@ -82,10 +83,10 @@ func (s *sdk) backlog(ctx context.Context, values []*value) error {
 }
 
 func (s *sdk) handle(ctx context.Context, n int, fn func(*value) error) (func() error, error) {
-	if err := createPushConsumer(ctx, s.sub); err != nil {
+	if err := createPushConsumer(ctx, s.sub, s.stream); err != nil {
 		return nil, err
 	}
-	consumer, err := cejetstream.NewConsumerFromConn(s.sub, streamName, subject, nil,
+	consumer, err := cejetstream.NewConsumerFromConn(s.sub, s.stream, subject, nil,
 		[]nats.SubOpt{nats.Durable(group)}, cejetstream.WithQueueSubscriber(group))
 	if err != nil {
 		return nil, err

@@ -18,7 +18,6 @@ type value = wrapperspb.BytesValue
 
 // What all peers share.
 const (
-	streamName  = "BENCH"
 	subject     = "bench.written.v1"
 	group       = "bench"
 	source      = "//bench/worker"
@@ -50,8 +49,9 @@ func allPeers() []peer {
 
 // site is where a session works.
 type site struct {
-	url   string
-	keyed bool // messages have a key, and a key's messages are handled in order
+	url    string
+	stream string
+	keyed  bool // messages have a key, and a key's messages are handled in order
 }
 
 // session is a peer at work on an empty stream. It has one connection for what it publishes and one for what it handles.
@@ -69,21 +69,21 @@ type session interface {
 }
 
 // createStream makes the stream as bus.Stream declares it; all peers work on the same.
-func createStream(ctx context.Context, js jetstream.JetStream) (jetstream.Stream, error) {
+func createStream(ctx context.Context, js jetstream.JetStream, name string) (jetstream.Stream, error) {
 	return js.CreateStream(ctx, jetstream.StreamConfig{
-		Name: streamName, Subjects: []string{subject}, Discard: jetstream.DiscardNew, MaxBytes: -1, Replicas: 1,
+		Name: name, Subjects: []string{subject}, Discard: jetstream.DiscardNew, MaxBytes: -1, Replicas: 1,
 		Duplicates: 2 * time.Minute, AllowDirect: true, AllowAtomicPublish: true, AllowBatchPublish: true,
 	})
 }
 
 // createPushConsumer makes the consumer of the peers that use the client library's older interface. A library that made
 // it would delete it when it stops, and nobody could ask the server what was acknowledged.
-func createPushConsumer(ctx context.Context, nc *nats.Conn) error {
+func createPushConsumer(ctx context.Context, nc *nats.Conn, stream string) error {
 	js, err := jetstream.New(nc)
 	if err != nil {
 		return err
 	}
-	_, err = js.CreateOrUpdatePushConsumer(ctx, streamName, jetstream.ConsumerConfig{
+	_, err = js.CreateOrUpdatePushConsumer(ctx, stream, jetstream.ConsumerConfig{
 		Durable: group, DeliverGroup: group, DeliverSubject: nc.NewInbox(), FilterSubject: subject,
 		AckPolicy: jetstream.AckExplicitPolicy, AckWait: ackWait, MaxDeliver: -1, MaxAckPending: maxPending,
 	})

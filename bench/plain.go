@@ -127,7 +127,7 @@ func readEvent(m jetstream.Msg) (*event, error) {
 }
 
 func (p *plain) handle(ctx context.Context, n int, fn func(*value) error) (func() error, error) {
-	consumer, err := p.subJS.CreateOrUpdateConsumer(ctx, streamName, jetstream.ConsumerConfig{
+	consumer, err := p.subJS.CreateOrUpdateConsumer(ctx, p.stream, jetstream.ConsumerConfig{
 		Durable: group, FilterSubject: subject, AckPolicy: jetstream.AckExplicitPolicy, AckWait: ackWait, MaxDeliver: -1,
 	})
 	if err != nil {

@@ -40,7 +40,7 @@ func openRider(s site, mode bus.Mode) (session, error) {
 func (r *rider) config() bus.Config {
 	return bus.Config{
 		Source: source, Group: group, Mode: r.mode,
-		Streams: []bus.Stream{{Name: streamName, Topics: []string{subject}}},
+		Streams: []bus.Stream{{Name: r.stream, Topics: []string{subject}}},
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 // not wait for the server, metadata as NATS headers. It carries no CloudEvents.
 type mill struct {
 	connections
+	site
 	publisher *wmnats.Publisher
 }
 
@@ -33,7 +34,7 @@ func openMill(s site) (*mill, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &mill{connections: c, publisher: p}, nil
+	return &mill{connections: c, site: s, publisher: p}, nil
 }
 
 func millMessage(v *value) (*message.Message, error) {
@@ -114,7 +115,7 @@ func (m *mill) handle(ctx context.Context, n int, fn func(*value) error) (func()
 
 // route runs a router with the handlers that add gives it.
 func (m *mill) route(ctx context.Context, add func(*message.Router) error) (func() error, error) {
-	if err := createPushConsumer(ctx, m.sub); err != nil {
+	if err := createPushConsumer(ctx, m.sub, m.stream); err != nil {
 		return nil, err
 	}
 	router, err := message.NewRouter(message.RouterConfig{}, watermill.NopLogger{})

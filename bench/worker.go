@@ -48,12 +48,13 @@ func (w worker) do(ctx context.Context, j job) (_ result, err error) {
 		return result{}, fmt.Errorf("there is no cell %q", j.Cell)
 	}
 	c := cells[i]
-	stream, err := createStream(ctx, w.js)
+	name := harness.StreamName()
+	stream, err := createStream(ctx, w.js, name)
 	if err != nil {
 		return result{}, err
 	}
-	defer func() { err = errors.Join(err, w.js.DeleteStream(context.WithoutCancel(ctx), streamName)) }()
-	s, err := w.peer.open(ctx, site{url: w.url, keyed: c.kind == keyed})
+	defer func() { err = errors.Join(err, w.js.DeleteStream(context.WithoutCancel(ctx), name)) }()
+	s, err := w.peer.open(ctx, site{url: w.url, stream: name, keyed: c.kind == keyed})
 	if err != nil {
 		return result{}, fmt.Errorf("open: %w", err)
 	}

@@ -18,9 +18,8 @@ type order struct {
 
 // What all peers share.
 const (
-	streamName = "BENCH"
-	subject    = "orders.placed.v1"
-	source     = "//bench/orders"
+	subject = "orders.placed.v1"
+	source  = "//bench/orders"
 )
 
 // peer is one way to publish in a transaction.
@@ -52,9 +51,10 @@ func allPeers() []peer {
 
 // site is where a session works: a database and a stream of its own, both empty.
 type site struct {
-	pool *pgxpool.Pool
-	nc   *nats.Conn
-	js   jetstream.JetStream
+	pool   *pgxpool.Pool
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	stream string
 }
 
 // session is a peer at work.
@@ -75,9 +75,9 @@ type beginner interface {
 }
 
 // createStream makes the stream as bus.Stream declares it; all peers work on the same.
-func createStream(ctx context.Context, js jetstream.JetStream) (jetstream.Stream, error) {
+func createStream(ctx context.Context, js jetstream.JetStream, name string) (jetstream.Stream, error) {
 	return js.CreateStream(ctx, jetstream.StreamConfig{
-		Name: streamName, Subjects: []string{subject}, Discard: jetstream.DiscardNew, MaxBytes: -1, Replicas: 1,
+		Name: name, Subjects: []string{subject}, Discard: jetstream.DiscardNew, MaxBytes: -1, Replicas: 1,
 		AllowDirect: true, AllowAtomicPublish: true, AllowBatchPublish: true,
 	})
 }

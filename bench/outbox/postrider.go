@@ -49,7 +49,7 @@ func openRider(ctx context.Context, s site, opts ...postrider.ContractOption) (*
 	if r.outbox, err = outbox.New(outbox.Config{Source: source}); err != nil {
 		return nil, err
 	}
-	r.bus, err = bus.New(s.nc, bus.Config{Source: source, Streams: []bus.Stream{{Name: streamName, Topics: []string{subject}}}})
+	r.bus, err = bus.New(s.nc, bus.Config{Source: source, Streams: []bus.Stream{{Name: s.stream, Topics: []string{subject}}}})
 	return r, err
 }
 

@@ -65,10 +65,11 @@ func (w *worker) do(ctx context.Context, j job) (_ result, err error) {
 		return result{}, fmt.Errorf("there is no cell %q", j.Cell)
 	}
 	r := &cellRun{cell: allCells()[i], job: j, admin: w.admin, pad: strings.Repeat("x", max(0, j.Size-len(`{"number":,"pad":""}`)-6))}
-	if r.stream, err = createStream(ctx, w.js); err != nil {
+	name := harness.StreamName()
+	if r.stream, err = createStream(ctx, w.js, name); err != nil {
 		return result{}, err
 	}
-	defer func() { err = errors.Join(err, w.js.DeleteStream(context.WithoutCancel(ctx), streamName)) }()
+	defer func() { err = errors.Join(err, w.js.DeleteStream(context.WithoutCancel(ctx), name)) }()
 
 	r.database = fmt.Sprintf("bench_%s_%d", strings.ReplaceAll(w.peer.name, "-", "_"), time.Now().UnixNano())
 	if _, err = w.admin.Exec(ctx, "create database "+r.database+" template template0"); err != nil {
@@ -103,7 +104,7 @@ func (w *worker) do(ctx context.Context, j job) (_ result, err error) {
 	if err != nil {
 		return result{}, err
 	}
-	if r.session, err = w.peer.open(ctx, site{pool: r.pool, nc: nc, js: js}); err != nil {
+	if r.session, err = w.peer.open(ctx, site{pool: r.pool, nc: nc, js: js, stream: name}); err != nil {
 		return result{}, fmt.Errorf("open: %w", err)
 	}
 	return r.run(ctx)

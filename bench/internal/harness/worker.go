@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -37,11 +38,15 @@ func Work(ctx context.Context, in io.Reader, out io.Writer, do func(context.Cont
 	}
 }
 
-// noStore is the code of the server's error "error creating store for stream", which now and then it gives for a stream whose
-// predecessor of the same name was just deleted.
+// StreamName returns the name of a job's stream, which no other had. nats-server removes a deleted stream's files later; if
+// those of one of the same name before it are still there then, it leaves them (filestore.go, Delete: a rename to a name that is
+// taken), and the next one begins with old messages, or fails with noStore.
+func StreamName() string { return fmt.Sprintf("BENCH_%d", time.Now().UnixNano()) }
+
+// noStore is the code of the server's error "error creating store for stream", which says nothing about the peer.
 const noStore jetstream.ErrorCode = 10049
 
-// attempt does a job, and once more if the server had no store for its stream: that tells nothing about the peer.
+// attempt does a job, and once more, on a new stream, if the server had no store for its stream.
 func attempt(ctx context.Context, j Job, do func(context.Context, Job) (Result, error)) Result {
 	ctx, cancel := context.WithTimeout(ctx, jobTimeout*3/4)
 	defer cancel()
