@@ -36,6 +36,7 @@ type waiter struct {
 	id    uint64
 	reply string
 	done  chan error // the first result
+	msg   *nats.Msg  // that [burst] is to send
 	timer *time.Timer
 
 	// For [acks.receive], under acks.mu.

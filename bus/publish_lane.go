@@ -103,9 +103,14 @@ func (l *lane) one(ctx context.Context, e *entry) error {
 		_ = l.join(ctx, e.alone[:])
 		return e.err
 	}
-	w := l.pub.acks.add(l.pace.begin(len(e.msg.Data), shareOfMany), nil)
-	l.pub.transmit(e.msg, w)
+	t := l.pace.begin(len(e.msg.Data), shareOfMany)
+	w := l.pub.acks.add(t, nil)
+	w.msg = e.msg
+	l.pub.burst.send(w, int(t.ahead)+1)
 	err := w.wait(ctx, l.pub.timeout)
+	if err != nil {
+		l.pub.burst.withdraw(w)
+	}
 	l.check(e, err)
 	return err
 }

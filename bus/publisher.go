@@ -22,6 +22,7 @@ type publisher struct {
 	nc      *nats.Conn
 	js      jetstream.JetStream
 	acks    *acks
+	burst   *burst
 	timeout time.Duration // of one acknowledgement
 
 	// admit, if not nil, must allow a stream before something is published to it, and again after a reconnect.
@@ -34,9 +35,11 @@ type publisher struct {
 }
 
 func newPublisher(nc *nats.Conn, js jetstream.JetStream) *publisher {
-	return &publisher{
+	p := &publisher{
 		nc: nc, js: js, acks: newAcks(nc), timeout: ackTimeout, lanes: map[string]*lane{}, known: map[string]*lane{},
 	}
+	p.burst = &burst{pub: p}
+	return p
 }
 
 // publish sends entries and returns the result of each. When ctx ends first, those that are on their way have an unknown
