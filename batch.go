@@ -16,6 +16,7 @@ type batch struct {
 // are acknowledged. A *[BatchError] with one entry for each event, in their order, tells the fate of each: those without an
 // error are acknowledged, each other one is retried or ends in the dead letters by its own error. Any other error, a wrapped
 // *BatchError too, and a panic is that of all of them. fn must be safe for concurrent use.
+// BatchHandler panics if it is nil.
 //
 // What an event fails by itself, such as data that cannot be decoded, is settled without fn, which gets the others.
 // Middleware stands around each event, and around all events of a batch at the same time: fn runs when all have come through
@@ -23,6 +24,7 @@ type batch struct {
 // and blocks nobody. The context of fn has the earliest deadline that middleware has set, and nothing else from there. It is
 // that of no one event: what fn publishes is linked to an event under [ContextWithMessage](ctx, e.Message).
 func (t *Topic[T]) BatchHandler(fn func(ctx context.Context, events []Event[T]) error) Handler {
+	needFunction(t.name, fn == nil)
 	b := &batch{run: func(ctx context.Context, items []any) error {
 		events := make([]Event[T], len(items))
 		for i, item := range items {

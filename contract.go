@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,13 +24,21 @@ type ContractOption func(*contract)
 
 // Encoding names the codecs of a contract: the first writes, all are read. The default is [codec.Standard].
 func Encoding(codecs ...codec.Codec) ContractOption {
-	return func(c *contract) { c.codecs = codecs }
+	return func(c *contract) {
+		if len(codecs) == 0 || slices.Contains(codecs, nil) {
+			panic("postrider: contract " + c.name + ": Encoding needs at least one codec, and none that is nil")
+		}
+		c.codecs = codecs
+	}
 }
 
 // KeyBy gives every message a partition key taken from its value (T is the contract's type). Messages with the same key
 // keep their order: they are handled in the order in which their transactions committed. An empty key means none.
 func KeyBy[T any](key func(*T) string) ContractOption {
 	return func(c *contract) {
+		if key == nil {
+			panic("postrider: contract " + c.name + ": the function of KeyBy is nil")
+		}
 		c.key = func(v any) string {
 			t, ok := v.(*T)
 			if !ok {
@@ -39,13 +49,17 @@ func KeyBy[T any](key func(*T) string) ContractOption {
 	}
 }
 
+// newContract makes the contract of a name. zero is a pointer to the zero value of its type.
 func newContract(name string, zero any, opts []ContractOption) contract {
-	c := contract{name: name, codecs: codec.Standard()}
-	for _, opt := range opts {
-		opt(&c)
+	if t := reflect.TypeOf(zero).Elem(); t.Kind() == reflect.Pointer {
+		panic(fmt.Sprintf("postrider: contract %s is one of %v: name the type itself, %v; its values travel as pointers", name, t, t.Elem()))
 	}
-	if len(c.codecs) == 0 {
-		panic("postrider: contract " + name + ": Encoding needs at least one codec")
+	c := contract{name: name, codecs: codec.Standard()}
+	for i, opt := range opts {
+		if opt == nil {
+			panic(fmt.Sprintf("postrider: contract %s: option %d is nil", name, i+1))
+		}
+		opt(&c)
 	}
 	if c.key != nil {
 		func() { // a KeyBy of another type must fail at start, and a key function need not bear a zero value
@@ -74,13 +88,29 @@ func (c *contract) message(ctx context.Context, v any, opts []PublishOption) (*M
 			}
 		}
 	}
-	for _, opt := range opts {
+	for i, opt := range opts {
+		if opt == nil {
+			return nil, Permanent(Errorf(InvalidArgument, "message of %s: option %d is nil", c.name, i+1))
+		}
 		if err := opt(m); err != nil {
 			return nil, err
 		}
 	}
 	m.link(ctx)
 	return m, nil
+}
+
+// send publishes what message made, if it made one.
+func (c *contract) send(ctx context.Context, p Publisher, msgs ...*Message) error {
+	if p == nil {
+		return Permanent(Errorf(InvalidArgument, "publish %s: the Publisher is nil", c.name))
+	}
+	return p.Publish(ctx, msgs...)
+}
+
+// nilValue is the error for a message without a value: a codec would make one of it that decodes to zeros.
+func (c *contract) nilValue() error {
+	return Permanent(Errorf(InvalidArgument, "message of %s: the value is nil", c.name))
 }
 
 // decode reads m's data into v.

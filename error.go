@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strings"
 	"time"
 )
 
@@ -60,7 +61,11 @@ func (e *Error) Error() string {
 	if e.Op != "" {
 		text = e.Op + ": " + text
 	}
-	return text + " (" + e.Code.String() + ")"
+	code := " (" + e.Code.String() + ")"
+	if strings.HasSuffix(text, code) { // the cause has said so
+		return text
+	}
+	return text + code
 }
 
 func (e *Error) text() string {

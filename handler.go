@@ -24,13 +24,20 @@ type Handler struct {
 	fn          HandlerFunc
 }
 
+// needFunction panics at the start of a program that would fail at its first message.
+func needFunction(name string, missing bool) {
+	if missing {
+		panic("postrider: handler of " + name + ": the function is nil")
+	}
+}
+
 func newHandler(name, topic string, call bool, fn HandlerFunc) Handler {
 	return Handler{name: name, topic: topic, call: call, fn: protect(name, fn)}
 }
 
 // RawHandler makes a handler that gets the messages of a topic as they are, undecoded. The topic may have wildcards: "*"
 // is any one token, ">" at the end one or more, so "orders.>" is all that happens to orders. It panics on a malformed
-// topic.
+// topic and on a nil fn.
 func RawHandler(topic string, fn func(ctx context.Context, m *Message) error) Handler {
 	tokens := strings.Split(topic, ".")
 	for i, t := range tokens {
@@ -39,6 +46,7 @@ func RawHandler(topic string, fn func(ctx context.Context, m *Message) error) Ha
 		}
 	}
 	checkName("topic", strings.Join(tokens, "."))
+	needFunction(topic, fn == nil)
 	h := newHandler(topic, topic, false, func(ctx context.Context, m *Message) (*Message, error) {
 		return nil, fn(ctx, m)
 	})
@@ -58,9 +66,12 @@ func (h Handler) IsCall() bool { return h.call }
 // IsRaw reports whether it takes messages as they are, also those that are no CloudEvents.
 func (h Handler) IsRaw() bool { return h.raw }
 
-// With returns the handler wrapped in middleware; the first given is the outermost.
+// With returns the handler wrapped in middleware; the first given is the outermost. It panics on a nil one.
 func (h Handler) With(mw ...Middleware) Handler {
-	for _, m := range slices.Backward(mw) {
+	for i, m := range slices.Backward(mw) {
+		if m == nil {
+			panic(fmt.Sprintf("postrider: handler of %s: middleware %d is nil", h.name, i+1))
+		}
 		h.fn = protect(h.name, m(h.fn))
 	}
 	return h
@@ -70,7 +81,10 @@ func (h Handler) With(mw ...Middleware) Handler {
 // holds the stack.
 func (h Handler) Handle(ctx context.Context, m *Message) (*Message, error) {
 	if h.fn == nil {
-		return nil, Errorf(Internal, "handle message %s: the Handler is the zero value: make it with Topic.Handler or Method.Handler", m.ID)
+		return nil, Errorf(Internal, "handle a message: the Handler is the zero value: make it with Topic.Handler or Method.Handler")
+	}
+	if m == nil {
+		return nil, Errorf(InvalidArgument, "handle %s: the message is nil", h.name)
 	}
 	return h.fn(ContextWithMessage(ctx, m), m)
 }

@@ -172,6 +172,9 @@ func (m *Message) Clone() *Message {
 // absolute URI, datacontenttype a media type, extension names of lower-case letters and digits, no control characters.
 // The error is InvalidArgument and names the attribute.
 func (m *Message) Validate() error {
+	if m == nil {
+		return &Error{Code: InvalidArgument, Op: "check message", Msg: "the message is nil"}
+	}
 	bad := func(attr, format string, args ...any) error {
 		return &Error{
 			Code: InvalidArgument, Op: "check message " + strconv.Quote(m.ID),

@@ -14,7 +14,7 @@ import (
 type Method[Req, Res any] struct{ contract }
 
 // NewMethod returns the contract of a call. The name is "service/Method", the service with a version
-// ("stock.v1/Reserve"). It panics on a malformed name or option.
+// ("stock.v1/Reserve"). Req and Res are the structs, no pointers to them. It panics on a malformed name or option.
 func NewMethod[Req, Res any](name string, opts ...ContractOption) *Method[Req, Res] {
 	service, method, ok := strings.Cut(name, "/")
 	if !ok || strings.Contains(method, ".") {
@@ -22,6 +22,7 @@ func NewMethod[Req, Res any](name string, opts ...ContractOption) *Method[Req, R
 	}
 	checkName("service", service)
 	checkName("method", method)
+	_ = newContract(name, new(Res), nil) // the response is no pointer either
 	return &Method[Req, Res]{newContract(name, new(Req), opts)}
 }
 
@@ -31,23 +32,29 @@ func (m *Method[Req, Res]) Name() string { return m.name }
 // Codecs returns the codecs of request and response.
 func (m *Method[Req, Res]) Codecs() codec.Set { return m.codecs }
 
-// Request builds the message that carries a request.
+// Request builds the message that carries a request. The error is InvalidArgument: the request is nil or cannot be encoded, or
+// an option is wrong.
 func (m *Method[Req, Res]) Request(ctx context.Context, req *Req, opts ...PublishOption) (*Message, error) {
+	if req == nil {
+		return nil, m.nilValue()
+	}
 	return m.message(ctx, req, opts)
 }
 
 // Send sends the request as a durable command: the handler runs once it is delivered, now or later. With [ReplyTo] its
 // response, or its refusal, is published to that topic.
 func (m *Method[Req, Res]) Send(ctx context.Context, p Publisher, req *Req, opts ...PublishOption) error {
-	msg, err := m.message(ctx, req, opts)
+	msg, err := m.Request(ctx, req, opts...)
 	if err != nil {
 		return err
 	}
-	return p.Publish(ctx, msg)
+	return m.send(ctx, p, msg)
 }
 
-// Handler makes a handler of fn. An error travels to the caller with its code and details.
+// Handler makes a handler of fn, which must be safe for concurrent use. An error travels to the caller with its code and
+// details; a nil response without an error is the zero one. Handler panics if fn is nil.
 func (m *Method[Req, Res]) Handler(fn func(ctx context.Context, req *Req) (*Res, error)) Handler {
+	needFunction(m.name, fn == nil)
 	return newHandler(m.name, strings.ReplaceAll(m.name, "/", "."), true,
 		func(ctx context.Context, msg *Message) (*Message, error) {
 			req := new(Req)
@@ -57,6 +64,9 @@ func (m *Method[Req, Res]) Handler(fn func(ctx context.Context, req *Req) (*Res,
 			res, err := fn(ctx, req)
 			if err != nil {
 				return nil, err
+			}
+			if res == nil {
+				res = new(Res)
 			}
 			// The answer is in the codec of the question where the contract has it.
 			cd, err := m.codecs.For(msg.ContentType)

@@ -52,7 +52,7 @@ func (r *Recorder) Publish(ctx context.Context, msgs ...*postrider.Message) erro
 }
 
 func (r *Recorder) record(m *postrider.Message) error {
-	if m.Source == "" {
+	if m != nil && m.Source == "" {
 		if m.Source = r.Source; m.Source == "" {
 			m.Source = "//postridertest"
 		}

@@ -135,7 +135,7 @@ func (b *Bus) store(m *postrider.Message) error {
 
 // check fills in what a message lacks, and refuses it for what it is.
 func (b *Bus) check(m *postrider.Message) error {
-	if m.Source == "" {
+	if m != nil && m.Source == "" {
 		m.Source = b.cfg.Source
 	}
 	if err := m.Validate(); err != nil {
