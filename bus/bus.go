@@ -93,6 +93,11 @@ func (c Config) validate() error {
 	if _, err := url.Parse(c.Source); err != nil {
 		return bad("Source", "must be a URI reference: %v", err)
 	}
+	for token := range strings.SplitSeq(c.Prefix, ".") {
+		if c.Prefix != "" && !isToken(token) {
+			return bad("Prefix", "is %q: want tokens of letters, digits, - and _, joined by dots", c.Prefix)
+		}
+	}
 	if c.Group != "" && !isToken(c.Group) {
 		return bad("Group", "is %q: want letters, digits, - and _", c.Group)
 	}
@@ -106,6 +111,11 @@ func (c Config) validate() error {
 		if len(s.Topics) == 0 {
 			return bad(fmt.Sprintf("Streams[%d].Topics", i), "is empty: name what stream %s takes", s.Name)
 		}
+		for _, topic := range s.Topics {
+			if !isTopicFilter(topic) {
+				return bad(fmt.Sprintf("Streams[%d].Topics", i), "has %q: want tokens joined by dots, \"*\" for any one, \">\" at the end for all that follow", topic)
+			}
+		}
 		if s.Partitions < 0 || s.Partitions > maxPartitions {
 			return bad(fmt.Sprintf("Streams[%d].Partitions", i), "is %d: want 1 to %d, or 0 for none", s.Partitions, maxPartitions)
 		}
@@ -114,6 +124,9 @@ func (c Config) validate() error {
 		if u, err := url.Parse(m); err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 			return bad(fmt.Sprintf("Monitors[%d]", i), "is %q: want the address of a server's monitoring port, http://host:8222", m)
 		}
+	}
+	if i := slices.IndexFunc(c.Middleware, func(m postrider.Middleware) bool { return m == nil }); i >= 0 {
+		return bad(fmt.Sprintf("Middleware[%d]", i), "is nil")
 	}
 	if !isToken(c.DeadLetters.Name) {
 		return bad("DeadLetters.Name", "is %q: want letters, digits, - and _", c.DeadLetters.Name)
@@ -135,6 +148,19 @@ func isToken(s string) bool {
 	return s != "" && !strings.ContainsFunc(s, func(r rune) bool {
 		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '_'
 	})
+}
+
+// isTopicFilter says if s can stand in Stream.Topics: tokens as NATS takes them, with wildcards.
+func isTopicFilter(s string) bool {
+	tokens := strings.Split(s, ".")
+	for i, t := range tokens {
+		switch {
+		case t == "*", t == ">" && i == len(tokens)-1:
+		case t == "", strings.ContainsAny(t, "*> \t\r\n"):
+			return false
+		}
+	}
+	return true
 }
 
 // Bus publishes events to JetStream and hands them to handlers. It is a [postrider.Publisher] and a [postrider.Runner],
@@ -184,6 +210,9 @@ func New(nc *nats.Conn, cfg Config) (*Bus, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
+	if nc == nil {
+		return nil, postrider.Errorf(postrider.InvalidArgument, "bus: the connection is nil: want what nats.Connect returned")
+	}
 	js, err := jetstream.New(nc)
 	if err != nil {
 		return nil, fromNATS("bus: new", err)
@@ -213,7 +242,8 @@ func (b *Bus) Started() <-chan struct{} { return b.started }
 // Run declares the streams, starts the subscriptions and blocks. When ctx ends it takes no new messages, gives back at
 // once those that were fetched and not started, waits for running handlers, and returns nil. Publishing goes on to work
 // after Run has returned, as long as the connection is open. Run waits for a server that is away; it fails when the
-// server refuses a stream or a consumer, when handlers outlive DrainTimeout, and when an [Async] could not publish.
+// server refuses a stream or a consumer, when handlers outlive DrainTimeout, when an [Async] could not publish, and when the
+// connection is closed: connect with nats.MaxReconnects(-1), or nats.go gives up after some two minutes without a server.
 func (b *Bus) Run(ctx context.Context) error {
 	b.mu.Lock()
 	if b.running {
@@ -233,6 +263,38 @@ func (b *Bus) Run(ctx context.Context) error {
 }
 
 func (b *Bus) run(ctx context.Context, subs []*subscription) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	closed := b.nc.StatusChanged(nats.CLOSED)
+	defer b.nc.RemoveStatusListener(closed)
+	if b.nc.IsClosed() {
+		return connectionClosed()
+	}
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-closed:
+			stop(connectionClosed())
+		case <-ctx.Done():
+		}
+	})
+	err := b.serve(ctx, subs)
+	stop(nil)
+	watch.Wait()
+	if cause := context.Cause(ctx); errors.Is(cause, nats.ErrConnectionClosed) {
+		err = errors.Join(cause, err)
+	}
+	return err
+}
+
+func connectionClosed() error {
+	return &postrider.Error{
+		Code: postrider.Unavailable, Op: "bus: run", Err: nats.ErrConnectionClosed,
+		Msg: "the connection to NATS is closed: connect with nats.MaxReconnects(-1) so that it outlives a server that is away, and close it after Run",
+	}
+}
+
+func (b *Bus) serve(ctx context.Context, subs []*subscription) error {
 	if err := b.start(ctx, subs); err != nil || ctx.Err() != nil {
 		return err
 	}
@@ -257,7 +319,9 @@ func (b *Bus) start(ctx context.Context, subs []*subscription) error {
 		if err == nil || !postrider.Retryable(err) {
 			return err
 		}
-		b.log.Warn("cannot start yet", "error", err)
+		if ctx.Err() == nil {
+			b.log.Warn("cannot start yet", "error", err)
+		}
 		_ = backoff.Wait(ctx, startRetry, attempt) // when ctx ends, so does the loop
 	}
 	return nil

@@ -206,7 +206,7 @@ func (b *Bus) Check(m *postrider.Message) error {
 
 // prepare checks a message and encodes it.
 func (b *Bus) prepare(m *postrider.Message) (*entry, error) {
-	if m.Source == "" {
+	if m != nil && m.Source == "" {
 		m.Source = b.cfg.Source
 	}
 	if err := m.Validate(); err != nil {

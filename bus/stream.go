@@ -88,6 +88,11 @@ func (b *Bus) checkServer(ctx context.Context) error {
 			Code: postrider.FailedPrecondition, Op: "bus: check server",
 			Msg: "JetStream is off: start nats-server with -js or a jetstream block, and allow it for the account", Err: err,
 		}
+	case err != nil && !b.nc.IsConnected():
+		return &postrider.Error{
+			Code: postrider.Unavailable, Op: "bus: check server", Unprocessed: true, Err: err,
+			Msg: "not connected to NATS (" + strings.ToLower(b.nc.Status().String()) + ")",
+		}
 	case err != nil:
 		return fromNATS("bus: check server", err)
 	case info.API.Level < minAPILevel:

@@ -128,7 +128,10 @@ func RateLimit(perSecond float64) SubscribeOption {
 // readOptions fills in the defaults and checks what the options of a subscription say.
 func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (subscribeConfig, error) {
 	c := subscribeConfig{group: group}
-	for _, opt := range opts {
+	for i, opt := range opts {
+		if opt == nil {
+			return c, postrider.Errorf(postrider.InvalidArgument, "bus: subscribe %s: option %d is nil", h.Name(), i+1)
+		}
 		opt(&c)
 	}
 	if h.IsBatch() {
@@ -147,7 +150,7 @@ func readOptions(h postrider.Handler, group string, opts []SubscribeOption) (sub
 	}
 	switch {
 	case h.Topic() == "":
-		return bad("the Handler is the zero value: make it with Topic.Handler or Method.Handler")
+		return c, postrider.Errorf(postrider.InvalidArgument, "bus: subscribe: the Handler is the zero value: make it with Topic.Handler or Method.Handler")
 	case checkPartitions(h.Topic()) != nil:
 		return bad("%w", checkPartitions(h.Topic()))
 	case !isToken(c.group):
@@ -330,7 +333,7 @@ const broadcastMemory = 5 * time.Minute
 
 // Pause stops the delivery of a topic to a group, in all its instances, until a time or [Bus.Resume]. Messages wait in the
 // stream; those that an instance has already are handled. The server keeps the pause over restarts. Errors: NotFound when
-// the group has no such subscription.
+// the group has no such subscription, or no [Bus.Run] has begun it yet.
 func (b *Bus) Pause(ctx context.Context, group, topic string, until time.Time) error {
 	return b.pause(ctx, "bus: pause ", group, topic, until)
 }
@@ -347,7 +350,11 @@ func (b *Bus) pause(ctx context.Context, op, group, topic string, until time.Tim
 		if err != nil {
 			return fromNATS(op, err)
 		}
-		if err = b.pauseConsumers(ctx, stream, durableName(group, topic), until); err != nil {
+		err = b.pauseConsumers(ctx, stream, durableName(group, topic), until)
+		if errors.Is(err, jetstream.ErrConsumerNotFound) {
+			return &postrider.Error{Code: postrider.NotFound, Op: op, Msg: "the group has no subscription to this topic", Err: err}
+		}
+		if err != nil {
 			return fromNATS(op, err)
 		}
 	}

@@ -105,7 +105,7 @@ func closeUnderLoadDoesNotPanic(e *env) {
 		return
 	}
 	// The connection breaks under load: an error, not a panic.
-	wg.Go(func() { e.Crash(first) })
+	wg.Go(func() { e.crash(first) })
 	for range publishers {
 		wg.Go(func() {
 			for range each {
@@ -193,7 +193,7 @@ func crashedWorkersMessagesComeBack(e *env) {
 	e.publish(heir, numbered(0, messages)...)
 	e.run(victim)
 	e.eventually("notes in the hands of the one that will crash", begun.count, 4)
-	e.Crash(victim)
+	e.crash(victim)
 	crashed := time.Now()
 	e.must(heir.Subscribe(j.handler(), opts...))
 	e.run(heir)
@@ -259,7 +259,7 @@ func fencesGrow(e *env) {
 	e.publish(old, numbered(0, 1)...)
 	e.eventually("handled by the first", first.count, 1)
 	e.eventually("handled without order", none.count, 1)
-	e.Crash(old)
+	e.crash(old)
 	_ = e.run(replacement)
 	e.publish(replacement, numbered(1, 1)...)
 	e.eventually("handled by the second", func() int { return min(second.count(), 1) }, 1)

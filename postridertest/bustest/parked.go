@@ -207,7 +207,7 @@ func crashInAReleaseLosesNothing(e *env) {
 	<-reached
 	e.publishKeyed(pub, notes, notes, "a") // behind the rest, wherever that is
 	heir := start(false)
-	e.Crash(victim)
+	e.crash(victim)
 	close(dead)
 	j.inOrder(e, 2*notes, "a")
 	e.parked(heir, 0)

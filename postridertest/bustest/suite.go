@@ -200,7 +200,14 @@ type env struct {
 	*testing.T
 	Broker
 
-	bubble bool
+	bubble  bool
+	crashed sync.Map // Bus: its Run may fail
+}
+
+// crash lets the process of a bus die.
+func (e *env) crash(b Bus) {
+	e.crashed.Store(b, true)
+	e.Crash(b)
 }
 
 // open returns a bus whose stream takes what the suite publishes.
@@ -238,7 +245,8 @@ func (e *env) run(b Bus) (stop func() error) {
 	go func() { done <- b.Run(ctx) }()
 	stop = sync.OnceValue(func() error { cancel(); return <-done })
 	e.Cleanup(func() {
-		if err := stop(); err != nil {
+		err := stop()
+		if _, crashed := e.crashed.Load(b); err != nil && !crashed {
 			e.Errorf("Run: %v", err)
 		}
 	})
