@@ -60,19 +60,46 @@ const opCall = "call "
 func Call[Req, Res any](
 	ctx context.Context, c *Client, m *postrider.Method[Req, Res], req *Req, opts ...CallOption,
 ) (*Res, error) {
-	res, err := call(ctx, c, m, req, opts)
-	var e *postrider.Error
-	if errors.As(err, &e) && e.Op == "" {
-		e.Op = opCall + m.Name()
+	if m == nil {
+		return nil, unsent(postrider.Errorf(postrider.InvalidArgument, "rpc: call: the Method is nil"))
 	}
-	return res, err
+	res, err := call(ctx, c, m, req, opts)
+	return res, named(opCall+m.Name(), err)
+}
+
+// named returns an error with its Op, if it has none. The error may be a variable that others read, from a middleware
+// or an option, so that it is changed in a copy.
+func named(op string, err error) error {
+	var e *postrider.Error
+	if !errors.As(err, &e) || e.Op != "" {
+		return err
+	}
+	with := *e
+	with.Op = op
+	if err == error(e) { //nolint:errorlint // with nothing around it
+		return &with
+	}
+	with.Err = err // and what is around it says about another attempt
+	if d, ok := postrider.RetryDelay(err); ok {
+		with.RetryAfter = d
+	}
+	if !postrider.Retryable(err) && postrider.Retryable(&with) {
+		return postrider.Permanent(&with)
+	}
+	return &with
 }
 
 func call[Req, Res any](
 	ctx context.Context, c *Client, m *postrider.Method[Req, Res], req *Req, opts []CallOption,
 ) (*Res, error) {
+	if c == nil {
+		return nil, unsent(postrider.Errorf(postrider.InvalidArgument, "the Client is nil: want what rpc.NewClient returned"))
+	}
 	o := callOptions{timeout: c.cfg.Timeout}
-	for _, opt := range opts {
+	for i, opt := range opts {
+		if opt == nil {
+			return nil, unsent(postrider.Errorf(postrider.InvalidArgument, "option %d is nil", i+1))
+		}
 		if err := opt(&o); err != nil {
 			return nil, unsent(err)
 		}

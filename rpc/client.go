@@ -58,6 +58,9 @@ func (c ClientConfig) validate() error {
 	if _, err := url.Parse(c.Source); err != nil {
 		return postrider.Errorf(postrider.InvalidArgument, "rpc: ClientConfig.Source must be a URI reference: %w", err)
 	}
+	if err := checkMiddleware("ClientConfig.Middleware", c.Middleware); err != nil {
+		return err
+	}
 	if c.Timeout < 0 {
 		return postrider.Errorf(postrider.InvalidArgument, "rpc: ClientConfig.Timeout is %v: want a positive duration", c.Timeout)
 	}
@@ -89,6 +92,9 @@ type Client struct {
 
 // NewClient returns a client. The caller closes it when the last call has returned.
 func NewClient(nc *nats.Conn, cfg ClientConfig) (*Client, error) {
+	if nc == nil {
+		return nil, nilConnection()
+	}
 	cfg = cfg.withDefaults(nc)
 	if err := cfg.validate(); err != nil {
 		return nil, err
@@ -140,6 +146,19 @@ func (c *Client) watch() {
 			c.pending.close(notConnected(c.nc), connectionLost())
 		}
 	}
+}
+
+func nilConnection() error {
+	return postrider.Errorf(postrider.InvalidArgument, "rpc: the connection is nil: want what nats.Connect returned")
+}
+
+func checkMiddleware(field string, mw []postrider.Middleware) error {
+	for i, m := range mw {
+		if m == nil {
+			return postrider.Errorf(postrider.InvalidArgument, "rpc: %s[%d] is nil", field, i)
+		}
+	}
+	return nil
 }
 
 func notConnected(nc *nats.Conn) *postrider.Error {

@@ -82,6 +82,9 @@ func (c ServerConfig) validate() error {
 	if strings.ContainsAny(c.Queue, " \t\r\n") {
 		return postrider.Errorf(postrider.InvalidArgument, "rpc: ServerConfig.Queue is %q: want no spaces", c.Queue)
 	}
+	if err := checkMiddleware("ServerConfig.Middleware", c.Middleware); err != nil {
+		return err
+	}
 	if _, err := url.Parse(c.Source); err != nil {
 		return postrider.Errorf(postrider.InvalidArgument, "rpc: ServerConfig.Source must be a URI reference: %w", err)
 	}
@@ -111,6 +114,9 @@ type method struct {
 
 // NewServer returns a server that serves nothing yet. The connection stays the caller's and must outlive Run.
 func NewServer(nc *nats.Conn, cfg ServerConfig) (*Server, error) {
+	if nc == nil {
+		return nil, nilConnection()
+	}
 	cfg = cfg.withDefaults()
 	if err := cfg.validate(); err != nil {
 		return nil, err
