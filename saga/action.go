@@ -25,6 +25,9 @@ type action struct {
 // values into values: they run inside a database transaction, may run more than once for one step, and what take did is
 // dropped when it panics or leaves data that are too large.
 func Call[D, Req, Res any](m *postrider.Method[Req, Res], request func(*D) *Req, take func(*D, *Res)) Action[D] {
+	if take == nil {
+		return Action[D]{}
+	}
 	a := command(m, request)
 	a.verb = "call"
 	a.apply = func(data any, reply *postrider.Message) error {
@@ -45,7 +48,11 @@ func Send[D, Req, Res any](m *postrider.Method[Req, Res], request func(*D) *Req)
 	return Action[D]{a}
 }
 
+// command is an action without a message, which no plan takes, if something is missing.
 func command[D, Req, Res any](m *postrider.Method[Req, Res], request func(*D) *Req) action {
+	if m == nil || request == nil {
+		return action{}
+	}
 	return action{
 		contract: m.Name(),
 		message: func(ctx context.Context, data any, opts ...postrider.PublishOption) (*postrider.Message, error) {
@@ -56,6 +63,9 @@ func command[D, Req, Res any](m *postrider.Method[Req, Res], request func(*D) *R
 
 // Publish publishes an event in the commit of the saga's own transition. It is done with that, nobody answers.
 func Publish[D, T any](t *postrider.Topic[T], value func(*D) *T) Action[D] {
+	if t == nil || value == nil {
+		return Action[D]{}
+	}
 	return Action[D]{action{
 		verb:     "publish",
 		contract: t.Name(),

@@ -96,6 +96,9 @@ func NewEngine(pool *pgxpool.Pool, ob Outbox, cfg Config, plans ...AnyPlan) (*En
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
+	if pool == nil || ob == nil {
+		return nil, postrider.Errorf(postrider.InvalidArgument, "saga: an engine needs the pool and the outbox of its database, and one of them is nil")
+	}
 	schema, err := migrate.Quote(cfg.Schema)
 	if err != nil {
 		return nil, postrider.Errorf(postrider.InvalidArgument, "saga: Config.Schema: %w", err)
@@ -104,8 +107,14 @@ func NewEngine(pool *pgxpool.Pool, ob Outbox, cfg Config, plans ...AnyPlan) (*En
 		pool: pool, outbox: ob, cfg: cfg, log: cfg.Logger, sql: newStatements(schema), plans: make(map[string]*definition),
 		hashes: []string{}, timers: sleeper{poke: make(chan struct{}, 1)},
 	}
-	for _, p := range plans {
-		d := p.definition()
+	for i, p := range plans {
+		var d *definition
+		if p != nil {
+			d = p.definition()
+		}
+		if d == nil {
+			return nil, postrider.Errorf(postrider.InvalidArgument, "saga: plan %d of %d is nil", i+1, len(plans))
+		}
 		for _, other := range e.plans {
 			if other.name == d.name && other.version == d.version {
 				return nil, postrider.Errorf(postrider.InvalidArgument, "saga: plan %s version %d is given twice", d.name, d.version)
@@ -138,11 +147,19 @@ func (e *Engine) In(tx pgx.Tx) Tx { return Tx{e, tx} }
 // runs or one that has ended, nothing is started: Start returns that saga's id with an AlreadyExists error, and the
 // transaction lives on, so that a caller who wants the same thing once may go on with the id. A concurrent Start of the
 // same key waits for the other transaction's end.
+//
+// Other errors: InvalidArgument for nil data, a bad key, or a first message that cannot be made; FailedPrecondition for a plan
+// that the engine does not have, and without tables; ResourceExhausted for data larger than [Config.MaxData]; those of the
+// outbox; Unavailable for any other trouble with the database, after which the transaction has to be rolled back.
 func (p *Plan[D]) Start(ctx context.Context, in Tx, data *D) (string, error) {
+	if in.engine == nil || in.tx == nil || data == nil {
+		return "", postrider.Errorf(postrider.InvalidArgument,
+			"saga: start %s: the engine, its transaction or the data are nil: want Start(ctx, engine.In(tx), &data)", p.def.name)
+	}
 	id, err := in.engine.start(ctx, in.tx, &p.def, data)
 	var known *postrider.Error
 	if err != nil && !errors.As(err, &known) {
-		err = unavailable("saga: start "+p.def.name, err)
+		err = in.engine.trouble("saga: start "+p.def.name, err)
 	}
 	return id, err
 }

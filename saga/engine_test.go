@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/postridertest"
@@ -395,7 +396,7 @@ func TestNewEngineRefuses(t *testing.T) {
 		{saga.Config{Name: "a", DrainTimeout: -1}, nil, "Config.DrainTimeout"},
 		{saga.Config{Name: "a"}, []saga.AnyPlan{PlaceOrder, PlaceOrder}, "given twice"},
 	} {
-		_, err := saga.NewEngine(nil, nil, c.cfg, c.plans...)
+		_, err := saga.NewEngine(new(pgxpool.Pool), new(bed), c.cfg, c.plans...)
 		if !errors.Is(err, postrider.InvalidArgument) || !strings.Contains(err.Error(), c.text) {
 			t.Errorf("%+v: %v, want %q", c.cfg, err, c.text)
 		}

@@ -26,7 +26,12 @@ func (p *Plan[D]) Name() string { return p.def.name }
 // AnyPlan is a [Plan] of whatever data.
 type AnyPlan interface{ definition() *definition }
 
-func (p *Plan[D]) definition() *definition { return &p.def }
+func (p *Plan[D]) definition() *definition {
+	if p == nil {
+		return nil
+	}
+	return &p.def
+}
 
 // definition is a plan without its type.
 type definition struct {
@@ -78,7 +83,11 @@ func NewPlan[D any](name string, version int, key func(*D) string, parts ...Part
 	if key != nil {
 		b.key = func(data any) string { return key(data.(*D)) }
 	}
-	for _, part := range parts {
+	for i, part := range parts {
+		if part == nil {
+			b.fail("part %d is nil", i+1)
+			continue
+		}
 		part(b)
 	}
 	if err := b.check(); err != nil {
@@ -109,10 +118,19 @@ func newStep[D any](name string, kind stepKind, a Action[D], opts []StepOption[D
 	return func(b *builder) {
 		s := newStepBuilder(a)
 		s.name, s.kind = name, kind
-		for _, opt := range opts {
-			opt(s)
-		}
+		setUp(s, opts)
 		b.add(s)
+	}
+}
+
+// setUp applies options to a step or an undo.
+func setUp[D any](s *stepBuilder, opts []StepOption[D]) {
+	for i, opt := range opts {
+		if opt == nil {
+			s.errs = append(s.errs, fmt.Sprintf("has a nil option, number %d", i+1))
+			continue
+		}
+		opt(s)
 	}
 }
 
@@ -126,9 +144,7 @@ func newStepBuilder[D any](a Action[D]) *stepBuilder {
 func Undo[D any](a Action[D], opts ...StepOption[D]) StepOption[D] {
 	return func(s *stepBuilder) {
 		u := newStepBuilder(a)
-		for _, opt := range opts {
-			opt(u)
-		}
+		setUp(u, opts)
 		s.errs = append(s.errs, u.errs...)
 		if s.node.undo != nil || u.node.undo != nil || u.noUndo != "" {
 			s.errs = append(s.errs, "has more than one Undo")
@@ -209,7 +225,7 @@ func (b *builder) add(s *stepBuilder) {
 	case b.index(s.name) >= 0:
 		bad("is there twice: names stand in idempotency keys")
 	case s.do.message == nil || s.node.undo != nil && s.undo.message == nil:
-		bad("has no action: use Call, Send or Publish")
+		bad("has no action: use Call, Send or Publish, with a contract and functions that are not nil")
 	}
 	past := "" // the step that cannot be taken back
 	for _, n := range b.nodes {

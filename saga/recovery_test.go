@@ -133,7 +133,7 @@ func TestDatabaseGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	e, err := saga.NewEngine(pool, nil, saga.Config{Name: "orders"}, PlaceOrder)
+	e, err := saga.NewEngine(pool, new(bed), saga.Config{Name: "orders"}, PlaceOrder)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -342,7 +342,7 @@ func TestMigrate(t *testing.T) {
 	if _, err := pool.Exec(ctx, script); err != nil {
 		t.Fatal(err)
 	}
-	e, err := saga.NewEngine(pool, nil, saga.Config{Name: "orders", Schema: "other"}, PlaceOrder)
+	e, err := saga.NewEngine(pool, new(bed), saga.Config{Name: "orders", Schema: "other"}, PlaceOrder)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/postrider/postrider"
@@ -191,12 +192,16 @@ func nullTime(t time.Time) *time.Time {
 	return &t
 }
 
-// Get reads a saga. The error is NotFound when there is none.
+// Get reads a saga. The error is NotFound when there is none, FailedPrecondition without tables.
 func (e *Engine) Get(ctx context.Context, id string) (*Instance, error) {
+	if !isUUID(id) {
+		return nil, noSaga("saga: get " + id)
+	}
 	return e.instance(e.pool.QueryRow(ctx, e.sql.get, id), "saga: get "+id)
 }
 
-// Find reads the saga of a plan with that business key, running or ended. The error is NotFound when there is none.
+// Find reads the saga of a plan with that business key, running or ended. The error is NotFound when there is none,
+// FailedPrecondition without tables.
 func (e *Engine) Find(ctx context.Context, plan, key string) (*Instance, error) {
 	return e.instance(e.pool.QueryRow(ctx, e.sql.find, e.cfg.Name, plan, key), "saga: find "+plan+" "+key)
 }
@@ -214,10 +219,10 @@ func (e *Engine) instance(r pgx.Row, op string) (*Instance, error) {
 		err = json.Unmarshal(encoded, &s)
 	}
 	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, &postrider.Error{Code: postrider.NotFound, Op: op, Msg: "there is no such saga"}
+		return nil, noSaga(op)
 	}
 	if err != nil {
-		return nil, unavailable(op, err)
+		return nil, e.trouble(op, err)
 	}
 	i.Status, i.Cause, i.Alarm = s.Status, s.Cause, s.Alarm
 	if parked != "" {
@@ -244,17 +249,46 @@ func (e *Engine) stepName(hash string, n int) string {
 	return fmt.Sprintf("#%d", n+1)
 }
 
-// History reads what happened to a saga, the oldest first.
+// History reads what happened to a saga, the oldest first. The error is NotFound when there is none, FailedPrecondition
+// without tables.
 func (e *Engine) History(ctx context.Context, id string) ([]Entry, error) {
+	op := "saga: history of " + id
+	if !isUUID(id) {
+		return nil, noSaga(op)
+	}
 	rows, err := e.pool.Query(ctx, e.sql.history, id)
 	if err != nil {
-		return nil, unavailable("saga: history of "+id, err)
+		return nil, e.trouble(op, err)
 	}
 	entries, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Entry])
-	if err != nil {
-		return nil, unavailable("saga: history of "+id, err)
+	switch {
+	case err != nil:
+		return nil, e.trouble(op, err)
+	case len(entries) == 0: // each saga has its beginning there
+		return nil, noSaga(op)
 	}
 	return entries, nil
+}
+
+func noSaga(op string) error {
+	return &postrider.Error{Code: postrider.NotFound, Op: op, Msg: "there is no such saga"}
+}
+
+// trouble gives an error of a statement its class: to be tried again, unless there are no tables.
+func (e *Engine) trouble(op string, err error) error {
+	if withoutTables(err) {
+		return &postrider.Error{
+			Code: postrider.FailedPrecondition, Op: op, Err: err,
+			Msg: "schema " + e.cfg.Schema + " has no tables of sagas: call saga.Migrate first",
+		}
+	}
+	return unavailable(op, err)
+}
+
+// withoutTables says if a statement failed because its table or schema does not exist (PostgreSQL, appendix A).
+func withoutTables(err error) bool {
+	pg, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (pg.Code == "42P01" || pg.Code == "3F000")
 }
 
 // unavailable is what trouble with PostgreSQL is to others: to be tried again.

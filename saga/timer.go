@@ -22,15 +22,21 @@ const parkAfter = 10 * time.Second
 // postponed is the wait after a timer's transition that failed.
 const postponed = time.Second
 
-// Run fires due timers until ctx ends, finishes those in hand and returns nil. It outlives trouble with the database.
-// Replies are handled by [Engine.Handler], with or without it.
+// noteTimeout bounds the statement that puts a failed timer off.
+const noteTimeout = 2 * time.Second
+
+// Run fires due timers until ctx ends, finishes those in hand and returns nil. It outlives trouble with the database; only
+// missing tables are an error, FailedPrecondition. Replies are handled by [Engine.Handler], with or without it.
 func (e *Engine) Run(ctx context.Context) error {
 	failures := 0
 	for ctx.Err() == nil {
 		wait, err := e.poll(ctx)
-		if err == nil {
+		switch {
+		case err == nil:
 			failures = 0
-		} else if ctx.Err() == nil {
+		case withoutTables(err):
+			return e.trouble("saga: run "+e.cfg.Name, err)
+		case ctx.Err() == nil:
 			failures++
 			wait = backoff.Delay(postrider.RetryPolicy{Max: 5 * time.Second}, failures)
 			e.log.WarnContext(ctx, "saga: timers are not fired", slog.String("engine", e.cfg.Name), slog.Any("err", err))
@@ -80,14 +86,16 @@ func (e *Engine) fire(ctx context.Context) (fired bool, err error) {
 }
 
 func (e *Engine) fireOne(ctx context.Context) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
+	work, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
 	defer cancel()
-	saga, err := e.transact(ctx, func(*run) (event, error) { return event{kind: woken}, nil }, e.sql.claim, e.cfg.Name, e.hashes)
+	saga, err := e.transact(work, func(*run) (event, error) { return event{kind: woken}, nil }, e.sql.claim, e.cfg.Name, e.hashes)
 	if err == nil || saga == nil {
 		return saga != nil, err
 	}
 	e.log.WarnContext(ctx, "saga: a timer's transition failed", slog.String("saga", saga.id), slog.String("plan", saga.plan), slog.Any("err", err))
-	_, err = e.pool.Exec(ctx, e.sql.postpone, saga.id, saga.epoch, postponed)
+	note, done := context.WithTimeout(ctx, noteTimeout) // the transition may have used up its own time
+	defer done()
+	_, err = e.pool.Exec(note, e.sql.postpone, saga.id, saga.epoch, postponed)
 	return true, err
 }
 
