@@ -34,7 +34,7 @@ import (
 // failing one: have fn go through rows in the order of their keys. The claims themselves are sorted.
 //
 // The errors of an event are those of [Handler]. fn must not end tx, and must be safe for concurrent use. BatchHandler panics if
-// consumer is empty.
+// consumer is empty, or s or fn nil.
 func BatchHandler[T any](
 	s *Store, consumer string, t *postrider.Topic[T],
 	fn func(ctx context.Context, tx pgx.Tx, events []postrider.Event[T]) error,
@@ -42,6 +42,7 @@ func BatchHandler[T any](
 	if consumer == "" {
 		panic("idempotency: BatchHandler of " + t.Name() + ": the consumer needs a name")
 	}
+	need("BatchHandler of "+t.Name(), s, fn == nil)
 	return t.BatchHandler(func(ctx context.Context, events []postrider.Event[T]) error {
 		b := batch{
 			store: s, consumer: consumer, msgs: make([]*postrider.Message, len(events)), errs: make([]error, len(events)),

@@ -18,11 +18,14 @@ const messageType = "application/cloudevents+json"
 //
 // Errors are not recorded, permanent ones included: what has ended in the dead letters can be replayed. Errors beside those of the
 // handler: Aborted, to be retried later, while another copy is being handled or when the lease was lost; Unavailable when the store
-// cannot be reached; InvalidArgument for a message without an id, or with a source and id of over 1,000 bytes. Dedup panics if consumer is
-// empty: it is written down with each message, so it must not change.
+// cannot be reached; InvalidArgument for a message without an id, or with a source and id of over 1,000 bytes. Dedup panics if r is nil or
+// consumer empty: it is written down with each message, so it must not change.
 func Dedup(r Records, consumer string) postrider.Middleware {
 	if consumer == "" {
 		panic("idempotency: Dedup: the consumer needs a name")
+	}
+	if r == nil {
+		panic("idempotency: Dedup: the Records are nil")
 	}
 	return func(next postrider.HandlerFunc) postrider.HandlerFunc {
 		return func(ctx context.Context, m *postrider.Message) (*postrider.Message, error) {

@@ -17,6 +17,10 @@ func keyError(method string) error {
 	return &postrider.Error{Code: postrider.InvalidArgument, Op: "idempotency: do " + method, Msg: "the key must have 1 to 1,000 bytes"}
 }
 
+func missingError(method string) error {
+	return &postrider.Error{Code: postrider.InvalidArgument, Op: "idempotency: do " + method, Msg: "the store, the request or the function is nil"}
+}
+
 // Do calls fn unless it was called before with this key, and returns what it returned then. It is for effects outside the
 // database: a payment at a provider, a mail. Effects in the database belong into the transaction of [Action] or [DoTx].
 //
@@ -40,6 +44,9 @@ func Do[Req, Res any](
 	fn func(ctx context.Context, req *Req) (*Res, error), opts ...DoOption,
 ) (*Res, error) {
 	op := "idempotency: do " + m.Name() + " " + key
+	if r == nil || req == nil || fn == nil {
+		return nil, missingError(m.Name())
+	}
 	if key == "" || len(key) > maxChosenKey {
 		return nil, keyError(m.Name())
 	}
@@ -120,6 +127,9 @@ func DoTx[Req, Res any](
 	ctx context.Context, s *Store, m *postrider.Method[Req, Res], key string, req *Req,
 	fn func(ctx context.Context, tx pgx.Tx, req *Req) (*Res, error),
 ) (*Res, error) {
+	if s == nil || req == nil || fn == nil {
+		return nil, missingError(m.Name())
+	}
 	msg, err := m.Request(ctx, req)
 	if err != nil {
 		return nil, err

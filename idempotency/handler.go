@@ -19,7 +19,7 @@ import (
 // Errors beside those of fn: Aborted, to be retried later, while another copy is being handled; OutOfRange when the
 // message is older than [Config.Window] or more than a day ahead of the database's clock; InvalidArgument when it has no
 // id; Unavailable when the database cannot be reached or the connection broke in COMMIT. Handler panics if consumer is
-// empty.
+// empty, or s or fn nil.
 func Handler[T any](
 	s *Store, consumer string, t *postrider.Topic[T],
 	fn func(ctx context.Context, tx pgx.Tx, e postrider.Event[T]) error,
@@ -27,9 +27,20 @@ func Handler[T any](
 	if consumer == "" {
 		panic("idempotency: Handler of " + t.Name() + ": the consumer needs a name")
 	}
+	need("Handler of "+t.Name(), s, fn == nil)
 	return t.Handler(func(ctx context.Context, e postrider.Event[T]) error {
 		return s.once(ctx, consumer, e.Message, func(tx pgx.Tx) error { return fn(ctx, tx, e) })
 	})
+}
+
+// need panics at the start of a program whose handler would fail at its first message.
+func need(what string, s *Store, noFunction bool) {
+	switch {
+	case s == nil:
+		panic("idempotency: " + what + ": the Store is nil: want what idempotency.New returned")
+	case noFunction:
+		panic("idempotency: " + what + ": the function is nil")
+	}
 }
 
 // once runs effect unless consumer has handled m.

@@ -13,7 +13,7 @@ import (
 // commits with its response, and a duplicate is answered with the stored response. An error of fn that is not
 // [postrider.Retryable] is a refusal: what fn wrote is rolled back, the refusal is stored, and a duplicate gets it again.
 // After any other error, or a panic, nothing is stored and a repetition runs again. fn must not end tx, and must be safe
-// for concurrent use; a nil response is the zero one.
+// for concurrent use; a nil response is the zero one. Action and Compensation panic if s or fn is nil.
 //
 // Errors beside those of fn: FailedPrecondition when the [Compensation] of the key came first; AlreadyExists when a key that
 // is not a saga's was used before with another method or request; Aborted, to be retried later, while another copy is being
@@ -22,6 +22,7 @@ import (
 func Action[Req, Res any](
 	s *Store, m *postrider.Method[Req, Res], fn func(ctx context.Context, tx pgx.Tx, req *Req) (*Res, error),
 ) postrider.Handler {
+	need("Action of "+m.Name(), s, fn == nil)
 	return m.Handler(func(ctx context.Context, req *Req) (*Res, error) {
 		msg := postrider.MessageFromContext(ctx)
 		var res *Res
@@ -64,6 +65,7 @@ func Action[Req, Res any](
 func Compensation[Req, Res, Did any](
 	s *Store, m *postrider.Method[Req, Res], fn func(ctx context.Context, tx pgx.Tx, req *Req, did *Did) error,
 ) postrider.Handler {
+	need("Compensation of "+m.Name(), s, fn == nil)
 	return m.Handler(func(ctx context.Context, req *Req) (*Res, error) {
 		err := s.undo(ctx, m.Name(), postrider.MessageFromContext(ctx), func(tx pgx.Tx, stored answer) error {
 			did := new(Did)

@@ -32,6 +32,9 @@ func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	if len(msgs) == 0 {
 		return nil
 	}
+	if d.pool == nil {
+		return nothingToInsertBy("On", "pool")
+	}
 	rows, err := d.outbox.encode(msgs)
 	if err != nil {
 		return err
@@ -71,6 +74,9 @@ func (d *DB) Begin(ctx context.Context) (pgx.Tx, error) { return d.BeginTx(ctx, 
 
 // BeginTx is [DB.Begin] with options, for [pgx.BeginTxFunc].
 func (d *DB) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
+	if d.pool == nil {
+		return nil, nothingToInsertBy("On", "pool")
+	}
 	conn, err := d.pool.Acquire(ctx)
 	if err != nil {
 		return nil, err

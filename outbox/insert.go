@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"strconv"
@@ -49,6 +50,9 @@ func (p publisher) Publish(ctx context.Context, msgs ...*postrider.Message) erro
 	if len(msgs) == 0 {
 		return nil
 	}
+	if p.tx == nil {
+		return nothingToInsertBy("In", "transaction")
+	}
 	rows, err := p.outbox.encode(msgs)
 	if err != nil {
 		return err
@@ -81,12 +85,12 @@ func (o *Outbox) insert(ctx context.Context, db execer, r rows, look bool) error
 		o.queueLook(batch)
 	}
 	if len(r.topics) < copyFrom {
-		sql, args := r.statement(&o.q)
+		query, args := r.statement(&o.q)
 		if !look {
-			_, err := db.Exec(ctx, sql, args...)
+			_, err := db.Exec(ctx, query, args...)
 			return err
 		}
-		batch.Queue(sql, args...)
+		batch.Queue(query, args...)
 		return db.SendBatch(ctx, batch).Close()
 	}
 	if len(r.keys) > 0 {
@@ -137,7 +141,7 @@ func (o *Outbox) encode(msgs []*postrider.Message) (rows, error) {
 	n := len(msgs)
 	out := rows{topics: make([]string, n), attributes: make([][]byte, n), data: make([][]byte, n)}
 	for i, m := range msgs {
-		if m.Source == "" {
+		if m != nil && m.Source == "" {
 			m.Source = o.cfg.Source
 		}
 		head, err := o.check(m)
@@ -182,6 +186,11 @@ func name(msgs []*postrider.Message) string {
 	return fmt.Sprintf("%d messages, the first %s %s", len(msgs), msgs[0].Type, msgs[0].ID)
 }
 
+// nothingToInsertBy is the error of a publisher that was made of nil.
+func nothingToInsertBy(method, what string) error {
+	return postrider.Errorf(postrider.InvalidArgument, "outbox: publish: the %s given to Outbox.%s is nil", what, method)
+}
+
 // failed gives the error of a statement its class.
 func (o *Outbox) failed(ctx context.Context, op string, err error) *postrider.Error {
 	if e, ok := errors.AsType[*postrider.Error](err); ok {
@@ -190,6 +199,9 @@ func (o *Outbox) failed(ctx context.Context, op string, err error) *postrider.Er
 	e := &postrider.Error{Code: postrider.Unavailable, Op: "outbox: " + op, Unprocessed: pgconn.SafeToRetry(err), Err: err}
 	var answer interface{ SQLState() string } // of any driver
 	switch {
+	case errors.Is(err, pgx.ErrTxClosed), errors.Is(err, sql.ErrTxDone):
+		e.Code, e.Unprocessed = postrider.FailedPrecondition, true
+		e.Msg = "the transaction has ended: publish before its commit"
 	case errors.As(err, &answer):
 		e.Code = classOf(answer.SQLState())
 		pg, ours := errors.AsType[*pgconn.PgError](err)

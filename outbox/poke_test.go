@@ -61,7 +61,7 @@ func TestPokeWakesAnotherProcess(t *testing.T) {
 	}
 	sender, receiver := pokers(t, srv)
 	here, there := newOutbox(t, Config{Poker: receiver}), newOutbox(t, Config{Poker: sender})
-	relay, err := NewRelay(pool, nil, RelayConfig{Outbox: here})
+	relay, err := NewRelay(pool, new(postridertest.Recorder), RelayConfig{Outbox: here})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +141,7 @@ func TestNotificationWakesTheRelay(t *testing.T) {
 	t.Parallel()
 	pool := postridertest.Postgres(t)
 	ob := newOutbox(t, Config{Schema: "shop"})
-	relay, err := NewRelay(pool, nil, RelayConfig{Outbox: ob, Listen: pool, Logger: postridertest.Logger(t)})
+	relay, err := NewRelay(pool, new(postridertest.Recorder), RelayConfig{Outbox: ob, Listen: pool, Logger: postridertest.Logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -126,6 +126,9 @@ func NewRelay(pool *pgxpool.Pool, pub postrider.Publisher, cfg RelayConfig) (*Re
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
+	if pool == nil || pub == nil {
+		return nil, postrider.Errorf(postrider.InvalidArgument, "outbox: a relay needs the outbox's pool and a publisher to send to, and one of them is nil")
+	}
 	return &Relay{
 		outbox: cfg.Outbox, pool: pool, pub: pub, cfg: cfg,
 		log:         cfg.Logger.With("component", "outbox", "schema", cfg.Outbox.cfg.Schema),

@@ -23,6 +23,9 @@ func (p sqlPublisher) Publish(ctx context.Context, msgs ...*postrider.Message) e
 	if len(msgs) == 0 {
 		return nil
 	}
+	if p.tx == nil {
+		return nothingToInsertBy("InSQL", "transaction")
+	}
 	rows, err := p.outbox.encode(msgs)
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/postrider/postrider"
@@ -130,5 +131,15 @@ func (o *Outbox) unusable(op string, err error) error {
 	if hasState(err, undefinedTable, undefinedSchema) {
 		return postrider.Errorf(postrider.FailedPrecondition, "outbox: %s: schema %s has no outbox: call outbox.Migrate first", op, o.cfg.Schema)
 	}
-	return fmt.Errorf("outbox: %s: %w", op, err)
+	if _, ok := errors.AsType[*postrider.Error](err); ok {
+		return fmt.Errorf("outbox: %s: %w", op, err)
+	}
+	code := postrider.Unavailable
+	if c := postrider.CodeOf(err); c != postrider.Unknown { // that of the context
+		code = c
+	}
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
+		code = classOf(pg.Code)
+	}
+	return &postrider.Error{Code: code, Op: "outbox: " + op, Err: err}
 }

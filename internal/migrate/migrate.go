@@ -2,12 +2,14 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/postrider/postrider"
@@ -47,8 +49,11 @@ func Run(ctx context.Context, pool *pgxpool.Pool, schema, line string, files fs.
 	if err != nil {
 		return err
 	}
+	if pool == nil {
+		return noPool(line)
+	}
 	if version, err := l.version(ctx, pool); err != nil {
-		return err
+		return l.failed("migrate schema ", err)
 	} else if version >= len(l.steps) {
 		return nil
 	}
@@ -68,9 +73,13 @@ func Run(ctx context.Context, pool *pgxpool.Pool, schema, line string, files fs.
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("%s: migrate schema %s: %w", line, l.schema, err)
+		return l.failed("migrate schema ", err)
 	}
 	return nil
+}
+
+func noPool(line string) error {
+	return postrider.Errorf(postrider.InvalidArgument, "%s: migrate: the pool is nil", line)
 }
 
 // Down takes all tables of line out of the schema, with what is in them. The schema stays.
@@ -79,13 +88,16 @@ func Down(ctx context.Context, pool *pgxpool.Pool, schema, line string, files fs
 	if err != nil {
 		return err
 	}
+	if pool == nil {
+		return noPool(line)
+	}
 	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
 		version, err := l.lock(ctx, tx)
 		if err != nil {
 			return err
 		}
 		if version > len(l.steps) {
-			return fmt.Errorf("the schema is at version %d, this program knows %d: use the newer program", version, len(l.steps))
+			return postrider.Errorf(postrider.FailedPrecondition, "the schema is at version %d, this program knows %d: use the newer program", version, len(l.steps))
 		}
 		for i := version; i > 0; i-- {
 			if err := l.apply(ctx, tx, i, l.steps[i-1].down, deleteVersion); err != nil {
@@ -95,7 +107,7 @@ func Down(ctx context.Context, pool *pgxpool.Pool, schema, line string, files fs
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("%s: migrate schema %s down: %w", line, l.schema, err)
+		return l.failed("take down schema ", err)
 	}
 	return nil
 }
@@ -157,6 +169,25 @@ type line struct {
 }
 
 type step struct{ up, down string }
+
+// insufficientPrivilege is an SQLSTATE (PostgreSQL, appendix A).
+const insufficientPrivilege = "42501"
+
+// failed gives an error its class: that of the database itself if it has one, else the server could not be reached.
+func (l *line) failed(op string, err error) error {
+	e := &postrider.Error{Code: postrider.Unavailable, Op: l.name + ": " + op + l.schema, Err: err}
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
+		switch {
+		case pg.Code == insufficientPrivilege:
+			e.Code = postrider.PermissionDenied
+		case !strings.HasPrefix(pg.Code, "08") && !strings.HasPrefix(pg.Code, "53") && !strings.HasPrefix(pg.Code, "57"):
+			e.Code = postrider.FailedPrecondition
+		}
+	} else if code := postrider.CodeOf(err); code != postrider.Unknown {
+		e.Code = code
+	}
+	return e
+}
 
 func newLine(schema, name string, files fs.FS) (*line, error) {
 	quoted, err := Quote(schema)
