@@ -34,7 +34,8 @@ func tour(ctx context.Context, out io.Writer) (err error) {
 		return err
 	}
 	defer stack.Close() //nolint:errcheck // temporary servers
-	nc, err := nats.Connect(stack.NATSURL)
+	// Without MaxReconnects(-1) nats.go gives up after two minutes without a server.
+	nc, err := nats.Connect(stack.NATSURL, nats.MaxReconnects(-1))
 	if err != nil {
 		return err
 	}
@@ -49,7 +50,8 @@ func tour(ctx context.Context, out io.Writer) (err error) {
 			return err
 		}
 	}
-	if _, err := pool.Exec(ctx, `create table orders (id text primary key, customer text not null, cents bigint not null)`); err != nil {
+	if _, err := pool.Exec(ctx, `create table orders (id text primary key, customer text not null, cents bigint not null);
+		create table sales (order_id text primary key, cents bigint not null)`); err != nil {
 		return err
 	}
 
@@ -116,7 +118,8 @@ func assemble(nc *nats.Conn, pool *pgxpool.Pool) (*service, error) {
 		return nil, err
 	}
 	for _, err := range []error{
-		subscribe(s.bus, s.mailed), serve(s.server), participate(s.bus, store), s.bus.Subscribe(s.engine.Handler(), bus.From(bus.DeliverAll)),
+		subscribe(s.bus, s.mailed), countSales(s.bus, store), serve(s.server), participate(s.bus, store),
+		s.bus.Subscribe(s.engine.Handler(), bus.From(bus.DeliverAll)),
 	} {
 		if err != nil {
 			return nil, err

@@ -7,9 +7,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/postrider/postrider/bus"
 	"github.com/postrider/postrider/postridertest"
+	"github.com/postrider/postrider/postridertest/membus"
 )
 
 func TestMain(m *testing.M) { os.Exit(postridertest.Main(m)) }
@@ -30,6 +33,29 @@ func TestTour(t *testing.T) {
 			t.Errorf("the tour did not print %q:\n%s", want, out.String())
 		}
 	}
+}
+
+func TestConfirmation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // retries and delays pass at once
+		b, err := new(membus.Broker).New(bus.Config{
+			Source: "//test", Streams: []bus.Stream{{Name: "ORDERS", Topics: []string{"orders.>"}}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		mailed := make(chan string, 1)
+		if err := subscribe(b, mailed); err != nil { // the code under test
+			t.Fatal(err)
+		}
+		go func() { _ = b.Run(t.Context()) }()
+		<-b.Started()
+		if err := OrderPlaced.Publish(t.Context(), b, &Order{ID: "o-1", Customer: "Åse", Cents: 1800}); err != nil {
+			t.Fatal(err)
+		}
+		if got := <-mailed; got != "Åse" {
+			t.Errorf("mail to %s, want Åse", got)
+		}
+	})
 }
 
 // TestReadmeQuotesTheTour holds every piece of Go in the README to a file that is compiled and run here.
