@@ -153,7 +153,19 @@ func (f *fickle) notesOf(name string) ([]int, error) {
 // wantAll waits until each note is in the stream once, and those of each key in their order.
 func (f *fickle) wantAll() {
 	f.t.Helper()
-	var got []int
+	last := map[int]int{}
+	got := f.wantEach()
+	for _, n := range got {
+		if before, ok := last[n%3]; ok && n < before {
+			f.t.Fatalf("%d comes after %d: %v", n, before, got)
+		}
+		last[n%3] = n
+	}
+}
+
+// wantEach waits until each note is in the stream once, and returns them as they are there.
+func (f *fickle) wantEach() (got []int) {
+	f.t.Helper()
 	postridertest.Eventually(f.t, func() (err error) {
 		if got, err = f.notes(); err != nil {
 			return err
@@ -166,13 +178,7 @@ func (f *fickle) wantAll() {
 	if len(got) != f.n {
 		f.t.Errorf("%d notes in the stream, want %d", len(got), f.n)
 	}
-	last := map[int]int{}
-	for _, n := range got {
-		if before, ok := last[n%3]; ok && n < before {
-			f.t.Fatalf("%d comes after %d: %v", n, before, got)
-		}
-		last[n%3] = n
-	}
+	return got
 }
 
 // wantMark waits until it is written that the stream had so many notes.
@@ -330,6 +336,55 @@ func TestRelaySendsAgainWhatWasPutOff(t *testing.T) {
 	if in, err := f.bus.Cancel(ctx, "later 3"); !in || err != nil { // under its id, which is this bus's
 		t.Errorf("cancel: %v, %v", in, err)
 	}
+}
+
+// Outboxes of many schemas that rest, while the server loses what they have sent, and then a stream is deleted.
+func TestRelaysAtRestNoticeALoss(t *testing.T) {
+	t.Parallel()
+	f := newFickle(t)
+	if err := f.stop(); err != nil {
+		t.Fatal(err)
+	}
+	var obs []*outbox.Outbox
+	for _, schema := range []string{"one", "two", "three"} {
+		ob, err := outbox.New(outbox.Config{Source: "//test/" + schema, Schema: schema})
+		if err := errors.Join(err, outbox.Migrate(t.Context(), f.pool, schema)); err != nil {
+			t.Fatal(err)
+		}
+		obs = append(obs, ob)
+	}
+	relays, err := outbox.NewRelays(f.pool, f.bus, outbox.RelaysConfig{
+		Outboxes: obs, Relay: outbox.RelayConfig{Logger: slog.New(slog.NewTextHandler(&f.log, nil))},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, relays)
+	publish := func(ob, count int) {
+		t.Helper()
+		f.ob = obs[ob]
+		f.publish(count)
+		f.wantAll()
+		postridertest.Eventually(t, func() error {
+			s, err := f.ob.Status(t.Context(), f.pool)
+			if err == nil && (s.Leader != "" || s.Depth > 0) {
+				err = fmt.Errorf("no rest: %+v", s)
+			}
+			return err
+		})
+	}
+	publish(0, 10)
+	publish(1, 10)
+	publish(2, 10)
+	f.keep()
+	publish(1, 10)
+	publish(0, 20)
+	f.lose()
+	f.wantEach()
+	if err := f.js.DeleteStream(t.Context(), "NOTES"); err != nil {
+		t.Fatal(err)
+	}
+	f.wantEach()
 }
 
 // A stream that has lost nothing gets nothing again, though another one has lost all.

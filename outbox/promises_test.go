@@ -49,7 +49,7 @@ var promises = []struct {
 	{"what a broker has accepted and lost stays lost", []string{
 		"../bus TestRelaySendsAgainWhatAPowerCutHasLost", "../bus TestRelayWritesNoMarkOfWhatIsLost",
 		"../bus TestRelayIsNotDeceivedByNewSequences", "../bus TestRelayAfterDeletionAndPurge", "../bus TestRelayOnACluster",
-		"../bus TestRelaySendsAgainWhatWasPutOff",
+		"../bus TestRelaySendsAgainWhatWasPutOff", "../bus TestRelaysAtRestNoticeALoss",
 	}},
 	{"a stream that is whole gets again what another one has lost", []string{
 		"../bus TestRelaySendsAgainWhatWasLostOnly", "../bus TestRelayOnACluster",

@@ -110,7 +110,8 @@ type Relay struct {
 	feedQueries feedQueries
 
 	leading         atomic.Bool
-	brief           bool // Run returns when another relay leads, or there is nothing more to send
+	search          atomic.Bool // Run begins with the search for what the broker still has
+	brief           bool        // Run returns when another relay leads, or there is nothing more to send
 	logical         atomic.Bool
 	published, died atomic.Uint64
 	depth           atomic.Int64
@@ -200,7 +201,7 @@ func (r *Relay) Run(ctx context.Context) error {
 		}
 	}
 	defer r.hearPokes(ctx)()
-	owner, search := ownerName(), false
+	owner, search := ownerName(), r.search.Swap(false)
 	mustFeed := r.cfg.Logical.Mode == LogicalOn
 	for attempt := 1; ctx.Err() == nil; attempt++ {
 		var t *term

@@ -381,7 +381,7 @@ func (t *term) goBack(ctx context.Context, pub Tailer, now stored, search bool) 
 			return nil, false, nil, fmt.Errorf("outbox: look for what the broker still has: %w", failed)
 		}
 	}
-	if i < len(marks) && marks[i].prev == now.prev && marks[i].cur == now.cur && marks[i].last == now.last {
+	if i == 0 && marks[i].prev == now.prev && marks[i].cur == now.cur && marks[i].last == now.last {
 		return marks[i].tails, false, nil, nil
 	}
 	var to int64

@@ -35,13 +35,14 @@ type RelaysConfig struct {
 // outboxes as the work comes. Where there is more to do than Connections, outboxes take turns of two seconds. The guarantees are
 // those of Relay, which one of the outboxes may have beside it. Its methods are safe for concurrent use.
 //
-// The tables of an outbox that rests are not truncated before there is work again, nor is it noticed before that the broker has
-// lost something (see [Tailer]).
+// The tables of an outbox that rests are not truncated before there is work again. That the broker has lost something of it
+// (see [Tailer]) is noticed every five seconds.
 type Relays struct {
 	pool    *pgxpool.Pool
 	log     *slog.Logger
 	poll    time.Duration
-	news    string // the statement
+	news    string     // the statement
+	loss    *lossWatch // nil: the publisher cannot tell what the broker has
 	members []*member
 	slots   chan struct{}
 	look    chan struct{} // soon
@@ -75,7 +76,7 @@ func NewRelays(pool *pgxpool.Pool, pub postrider.Publisher, cfg RelaysConfig) (*
 		return nil, postrider.Errorf(bad, "outbox: RelaysConfig.Relay.Logical is set: an outbox that rests has no connection to be told by")
 	}
 	s := &Relays{pool: pool, slots: make(chan struct{}, cfg.Connections), look: make(chan struct{}, 1)}
-	var news []string
+	var news, tails []string
 	seen := map[string]bool{}
 	for i, o := range cfg.Outboxes {
 		one := cfg.Relay
@@ -95,9 +96,13 @@ func NewRelays(pool *pgxpool.Pool, pub postrider.Publisher, cfg RelaysConfig) (*
 		r.brief = true
 		s.poll, s.log = r.cfg.PollInterval, r.cfg.Logger
 		s.members = append(s.members, &member{r, make(chan struct{}, 1)})
-		news = append(news, strings.Replace(migrate.In(schema, outboxNews), "$1", strconv.Itoa(i), 1))
+		number := func(sql string) string { return strings.Replace(migrate.In(schema, sql), "$1", strconv.Itoa(i), 1) }
+		news, tails = append(news, number(outboxNews)), append(tails, number(outboxTails))
 	}
 	s.news = strings.Join(news, " union all ")
+	if tailer, ok := pub.(Tailer); ok {
+		s.loss = &lossWatch{pub: tailer, sql: strings.Join(tails, " union all ") + " order by at desc"}
+	}
 	return s, nil
 }
 
@@ -131,6 +136,9 @@ func (s *Relays) Run(ctx context.Context) error {
 				cancel(err)
 			}
 		})
+	}
+	if s.loss != nil {
+		wg.Go(func() { s.watchTails(ctx, s.loss) })
 	}
 	for ctx.Err() == nil {
 		switch err := s.lookForNews(ctx); {
