@@ -43,7 +43,7 @@ func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	switch {
 	case err != nil:
 	case len(msgs) >= copyFrom && len(rows.keys) > 0:
-		err = pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) error { return d.outbox.insert(ctx, tx, rows, look) })
+		err = pgx.BeginTxFunc(ctx, d.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error { return d.outbox.insert(ctx, tx, rows, look) })
 	default:
 		err = d.outbox.insert(ctx, d.pool, rows, look)
 	}

@@ -199,7 +199,7 @@ func (d *DeadLetters) act(ctx context.Context, what string, numbers []int64, a A
 
 func (d *DeadLetters) actBatch(ctx context.Context, what string, numbers []int64, a Action) (n int, err error) {
 	o := d.outbox
-	err = pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) error {
+	err = pgx.BeginTxFunc(ctx, d.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		letters, err := o.letters(ctx, tx, o.q.deadTake, numbers, what, a.By, a.Why)
 		if n = len(letters); err != nil || n == 0 || what == "discard" {
 			return err
@@ -246,7 +246,7 @@ func (o *Outbox) Resend(ctx context.Context, pool *pgxpool.Pool, f Filter, newID
 	redrive := postrider.NewID()
 	for more := true; more && after < end; {
 		taken := 0
-		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		err := pgx.BeginTxFunc(ctx, pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, o.q.plan); err != nil {
 				return err
 			}

@@ -93,7 +93,7 @@
 //
 // To keep the order of a key among Go and SQL writers, take the same lock first, with the schema before the key:
 //
-//	select pg_advisory_xact_lock(hashtextextended('postrider_outbox.' || 'postrider' || '.' || 'Ada', 0));
+//	select pg_advisory_xact_lock(pg_catalog.hashtextextended('postrider_outbox.' || 'postrider' || '.' || 'Ada', 0));
 //
 // # Poolers
 //

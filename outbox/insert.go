@@ -206,14 +206,20 @@ func (o *Outbox) failed(ctx context.Context, op string, err error) *postrider.Er
 		e.Code = classOf(answer.SQLState())
 		pg, ours := errors.AsType[*pgconn.PgError](err)
 		e.Unprocessed = ours && pg.SeverityUnlocalized == "ERROR" // else the connection ended, and perhaps while it committed
-		if state := answer.SQLState(); state == undefinedTable || state == undefinedSchema {
+		switch answer.SQLState() {
+		case undefinedTable, undefinedSchema:
 			e.Msg = "schema " + o.cfg.Schema + " has no outbox: call outbox.Migrate first"
+		case readOnly:
+			e.Code, e.Msg = postrider.Unavailable, readOnlyHint
 		}
 	case ctx.Err() != nil:
 		e.Code = postrider.CodeOf(ctx.Err())
 	}
 	return e
 }
+
+// readOnlyHint is for a database that takes no writes. It may become the primary.
+const readOnlyHint = "the transaction is read-only: is this a standby? Connect to the primary (target_session_attrs=read-write)"
 
 // classOf maps an SQLSTATE (PostgreSQL, appendix A) by its first two characters, which are its class.
 func classOf(state string) postrider.Code {

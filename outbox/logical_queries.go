@@ -25,10 +25,10 @@ func newFeedQueries(schema string) feedQueries {
 		// long before; but the old version of the row, which the snapshot still sees, has its xmax from before that commit on.
 		// Row filters and column lists came with PostgreSQL 15.
 		":state", `(
-				select concat_ws(' ', p.oid, p.xmin, p.xmax, r.oid, r.xmin, r.xmax)
+				select pg_catalog.concat_ws(' ', p.oid, p.xmin, p.xmax, r.oid, r.xmin, r.xmax)
 				from pg_publication as p join pg_publication_rel as r on r.prpubid = p.oid
 				where p.pubname = :name and p.pubinsert and p.pubviaroot and r.prrelid = to_regclass(:class)
-					and to_jsonb(r)->>'prqual' is null and to_jsonb(r)->>'prattrs' is null
+					and pg_catalog.to_jsonb(r)->>'prqual' is null and pg_catalog.to_jsonb(r)->>'prattrs' is null
 					and not exists (select from pg_inherits as i join pg_class as c on c.oid = i.inhrelid
 						where i.inhparent = r.prrelid and c.relpersistence <> 'p'))`,
 	)

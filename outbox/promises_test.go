@@ -55,6 +55,9 @@ var promises = []struct {
 		"../bus TestRelaySendsAgainWhatWasLostOnly", "../bus TestRelayOnACluster",
 	}},
 	{"a replication slot outlives its relay", []string{"TestLogical", "TestLogicalServer", "TestLogicalProcesses"}},
+	{"settings of a role, a small pool or a hostile search path break or stall it", []string{
+		"TestOddSettings", "TestPoolsOfOneConnection", "TestHostileSearchPath", "TestReadOnlyDatabase", "TestPgBouncer",
+	}},
 	{"a message is sent though its transaction was rolled back", []string{
 		"TestCommittedIsSentAndRolledBackIsNot", "TestProof", "TestMessagesGoWithTheCommit",
 	}},

@@ -6,7 +6,9 @@ import (
 	"github.com/postrider/postrider/internal/migrate"
 )
 
-// queries are the statements of one outbox. The database's clock decides everything that is compared with its rows.
+// queries are the statements of one outbox. The database's clock decides everything that is compared with its rows. Who may create
+// functions and operators in a schema of the search path can have them called in the place of those of pg_catalog where they fit the
+// types better (CVE-2018-1058): so the types are written where they would be converted, or pg_catalog is.
 type queries struct {
 	lockKeys, insertOne, insertKeyed               string // in the user's transaction
 	insertMany, insertManyKeyed, depth             string // the same
@@ -23,7 +25,7 @@ type queries struct {
 
 const lockKeys = `
 			select pg_advisory_xact_lock(h) from (
-				select distinct hashtextextended('postrider_outbox.' || k, 0) as h from unnest($1::text[]) as k order by h
+				select distinct pg_catalog.hashtextextended('postrider_outbox.' || k, 0) as h from unnest($1::text[]) as k order by h
 			) as sorted`
 
 func newQueries(schema string) queries {
@@ -37,7 +39,7 @@ func newQueries(schema string) queries {
 		// when it comes out of the CTE, which is after the locks are held, and the order by comes before it as well.
 		insertOne: in(`insert into :"schema".postrider_outbox (topic, attributes, data) values ($1, $2, $3)`),
 		insertKeyed: in(`
-			with locked as materialized (select pg_advisory_xact_lock(hashtextextended('postrider_outbox.' || $4::text, 0)))
+			with locked as materialized (select pg_advisory_xact_lock(pg_catalog.hashtextextended('postrider_outbox.' || $4::text, 0)))
 			insert into :"schema".postrider_outbox (topic, attributes, data)
 			select $1::text, $2::bytea, $3::bytea from locked`),
 		insertMany: in(`
@@ -125,8 +127,8 @@ func newQueries(schema string) queries {
 				case when r.expires > clock_timestamp() then r.owner else '' end, r.fence,
 				extract(epoch from greatest(case when isfinite(r.expires) then r.expires - clock_timestamp() end, '0'))::double precision,
 				r.failure, r.failed_at, r.paused_at, r.paused_by, r.paused_for,
-				array[pg_total_relation_size(':"schema".postrider_outbox_0'), pg_total_relation_size(':"schema".postrider_outbox_1'),
-					pg_total_relation_size(':"schema".postrider_outbox_2')]
+				array[pg_total_relation_size(':"schema".postrider_outbox_0'::regclass), pg_total_relation_size(':"schema".postrider_outbox_1'::regclass),
+					pg_total_relation_size(':"schema".postrider_outbox_2'::regclass)]
 			from r, (select count(*) as n, min(at) as oldest from waiting) as w`),
 
 		// Dead letters that a filter selects, a page of them by the primary key.
@@ -218,7 +220,7 @@ func newQueries(schema string) queries {
 				when 0 then exists (select from :"schema".postrider_outbox_0)
 				when 1 then exists (select from :"schema".postrider_outbox_1)
 				else exists (select from :"schema".postrider_outbox_2) end
-			from (select (floor(date_part('epoch', clock_timestamp()) / $1) + 1)::bigint % 3 as n) as s`),
+			from (select (floor(date_part('epoch', clock_timestamp()) / $1::double precision) + 1::double precision)::bigint % 3::bigint as n) as s`),
 		ringLock: in(`lock table :"schema".postrider_outbox_%d in access exclusive mode nowait`),
 
 		// Under the lock there is no row of an open transaction, so what the durable cursor sees is all there is.
@@ -231,7 +233,7 @@ func newQueries(schema string) queries {
 		ringPeriodLock: in(`set local lock_timeout = '50ms'; lock table only :"schema".postrider_outbox in access exclusive mode`),
 		ringPeriod: in(`
 			alter table only :"schema".postrider_outbox
-			alter slot set default floor(date_part('epoch', clock_timestamp()) / %g)::bigint %% 3`),
+			alter slot set default floor(date_part('epoch', clock_timestamp()) / '%g'::double precision)::bigint %% 3::bigint`),
 		ringPeriodNote: in(`update :"schema".postrider_outbox_relay set period = $3 where fence = $1 and owner = $2`),
 
 		// Ahead of the audit's snapshot, which does not see that a table was truncated: from here on none is, and the relay

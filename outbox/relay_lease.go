@@ -108,6 +108,8 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string,
 		return nil, nil
 	case hasState(err, undefinedTable, undefinedSchema):
 		return nil, postrider.Errorf(postrider.FailedPrecondition, "outbox: schema %s has no outbox: call outbox.Migrate first", r.outbox.cfg.Schema)
+	case hasState(err, readOnly):
+		return nil, postrider.Errorf(postrider.Unavailable, "outbox: take lease: %s: %w", readOnlyHint, err)
 	case err != nil:
 		return nil, fmt.Errorf("outbox: take lease: %w", err)
 	}
@@ -167,7 +169,7 @@ func (r *Relay) checkSequence(ctx context.Context, conn *pgxpool.Conn) error {
 // nothing. What is in the ring is sent again; the ids tell that.
 func (t *term) adopt(ctx context.Context) error {
 	t.r.log.WarnContext(ctx, "the outbox comes from another database cluster: all that it retains is sent again")
-	err := pgx.BeginFunc(ctx, t.conn, func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(ctx, t.conn, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, t.r.outbox.q.adopt, pgx.QueryExecModeSimpleProtocol); err != nil {
 			return err
 		}

@@ -46,7 +46,7 @@ func (t *term) setPeriod(seconds float64) error {
 		return nil
 	}
 	q := &t.r.outbox.q
-	err := pgx.BeginFunc(t.ctx, t.conn, func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(t.ctx, t.conn, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(t.ctx, q.ringPeriodLock, pgx.QueryExecModeSimpleProtocol); err != nil {
 			return err
 		}
@@ -73,7 +73,7 @@ func (t *term) truncateNext() error {
 	if err := t.conn.QueryRow(t.ctx, q.ringState, t.period).Scan(&slot, &full); err != nil || !full {
 		return err
 	}
-	return pgx.BeginFunc(t.ctx, t.conn, func(tx pgx.Tx) error {
+	return pgx.BeginTxFunc(t.ctx, t.conn, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(t.ctx, fmt.Sprintf(q.ringLock, slot)); err != nil {
 			return err
 		}

@@ -394,7 +394,7 @@ func (t *term) goBack(ctx context.Context, pub Tailer, now stored, search bool) 
 		level = slog.LevelWarn
 	}
 	t.r.log.LogAttrs(ctx, level, "messages that the broker may not have are sent again", what)
-	err = pgx.BeginFunc(ctx, t.conn, func(tx pgx.Tx) error {
+	err = pgx.BeginTxFunc(ctx, t.conn, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		sql, args := q.toMark, []any{t.fence, t.owner, to}
 		if to == 0 {
 			sql, args = q.adoptCursor, args[:2]

@@ -39,7 +39,7 @@ const (
 	haveTable  = `select exists (select from pg_tables where schemaname = $1 and tablename = 'postrider_migration')`
 
 	// The lock of one schema, held to the end of the transaction, so that it is safe behind a pooler.
-	lockSchema = `select pg_advisory_xact_lock(hashtextextended('postrider_migration.' || $1, 0))`
+	lockSchema = `select pg_advisory_xact_lock(pg_catalog.hashtextextended('postrider_migration.' || $1, 0))`
 )
 
 // Run brings line up to the newest version in files, creating the schema if it does not exist. A version in the database

@@ -12,7 +12,7 @@ create table :"schema".postrider_outbox (
 	xid        xid8        not null default pg_current_xact_id(),
 	id         bigint      not null default nextval(':"schema".postrider_outbox_seq'),
 	at         timestamptz not null default clock_timestamp(),
-	slot       smallint    not null default floor(date_part('epoch', clock_timestamp()) / 300)::bigint % 3,
+	slot       smallint    not null default floor(date_part('epoch', clock_timestamp()) / 300::double precision)::bigint % 3::bigint,
 	topic      text        not null,
 	attributes bytea,      -- CloudEvents protobuf format, without the data
 	data       bytea
@@ -90,7 +90,7 @@ create table :"schema".postrider_outbox_log (
 
 -- The fields of a protobuf message: bytes as they are, of other kinds none.
 create function :"schema".postrider_outbox_fields(message bytea) returns table (field bigint, value bytea)
-language plpgsql immutable strict parallel safe as $$
+language plpgsql immutable strict parallel safe set search_path = pg_catalog as $$
 declare
 	at integer := 0;
 	n bigint;
@@ -140,9 +140,10 @@ begin
 end
 $$;
 
--- An attribute of a CloudEvent in the protobuf format that is a text, NULL if it has none or cannot be read.
+-- An attribute of a CloudEvent in the protobuf format that is a text, NULL if it has none or cannot be read. It catches errors, for
+-- which PostgreSQL begins a subtransaction, which it does not do in parallel queries.
 create function :"schema".postrider_outbox_attribute(event bytea, name text) returns text
-language plpgsql immutable strict parallel safe as $$
+language plpgsql immutable strict parallel unsafe set search_path = pg_catalog as $$
 declare
 	found bytea;
 begin
@@ -165,10 +166,10 @@ $$;
 
 -- What the outbox retains, with the columns of Debezium's outbox event router, for tools that read tables.
 create view :"schema".postrider_outbox_events as
-select coalesce(:"schema".postrider_outbox_attribute(attributes, 'id'), r.identity || '-' || o.id) as id,
+select coalesce(:"schema".postrider_outbox_attribute(attributes, 'id'), r.identity::text || '-' || o.id::text) as id,
 	topic as aggregatetype,
 	coalesce(:"schema".postrider_outbox_attribute(attributes, 'partitionkey'),
-		:"schema".postrider_outbox_attribute(attributes, 'id'), r.identity || '-' || o.id) as aggregateid,
+		:"schema".postrider_outbox_attribute(attributes, 'id'), r.identity::text || '-' || o.id::text) as aggregateid,
 	coalesce(:"schema".postrider_outbox_attribute(attributes, 'type'), topic) as type,
 	data as payload,
 	o.at as timestamp,
