@@ -3,12 +3,16 @@
 package outbox_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/postrider/postrider/outbox"
@@ -112,4 +116,53 @@ func TestPoisonAmongGoodMessages(t *testing.T) {
 			t.Errorf("number %d died of %q", number, text)
 		}
 	}
+}
+
+// PostgreSQL crashes and recovers, again and again, while writers publish: what it says to have committed is sent, each key in its
+// order, and nothing else.
+func TestDatabaseCrashesUnderLoad(t *testing.T) {
+	t.Parallel()
+	server := postridertest.NewPostgres(t)
+	pool, ctx := server.Pool(), context.WithoutCancel(t.Context())
+	if err := outbox.Migrate(ctx, pool, ""); err != nil {
+		t.Fatal(err)
+	}
+	execute(t, pool, `create table ledger (n bigserial primary key, key text, id text)`)
+	ob, err := outbox.New(outbox.Config{Source: "//shop/orders"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &broker{}
+	start(t, server.Pool(), b, quick(ob))
+	end := make(chan struct{})
+	var writers sync.WaitGroup
+	stop := sync.OnceFunc(func() { close(end); writers.Wait() })
+	t.Cleanup(stop)
+	for w := range 4 {
+		writers.Go(func() {
+			rnd := rand.New(rand.NewPCG(uint64(w), 5))
+			for i := 0; ; i++ {
+				select {
+				case <-end:
+					return
+				default: // what failed may have committed: the ledger knows
+					_ = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error { return writeTransaction(ctx, tx, ob, rnd, fmt.Sprintf("%d-%d", w, i)) })
+				}
+			}
+		})
+	}
+	for range number(t, "POSTRIDER_TEST_RESTARTS", 3) {
+		before := len(b.ids())
+		postridertest.Eventually(t, func() error {
+			if n := len(b.ids()); n < before+50 {
+				return fmt.Errorf("%d were sent, %d before the crash", n, before)
+			}
+			return nil
+		})
+		server.Kill()
+		server.Start()
+	}
+	stop()
+	postridertest.Eventually(t, func() error { return pool.Ping(ctx) })
+	t.Logf("%d committed, %d repeated", wantProof(t, pool, b), b.repeated)
 }
