@@ -39,9 +39,14 @@ func (r *cellRun) publish(ctx context.Context) (result, error) {
 		return result{}, err
 	}
 	until := time.Now().Add(r.duration())
-	if r.cell.kind == batching {
+	switch c, ok := r.session.(*ceiling); {
+	case ok:
+		var published int64
+		published, err = c.drive(r.cell.kind, r.cell.n, until)
+		r.tally.next.Store(published)
+	case r.cell.kind == batching:
 		err = r.publishBatches(ctx, until)
-	} else {
+	default:
 		err = r.publishSingly(ctx, r.cell.n, func() bool { return time.Now().Before(until) })
 	}
 	published := r.tally.next.Load()

@@ -37,6 +37,7 @@ type peer struct {
 func (p peer) String() string { return p.name }
 
 func allPeers() []peer {
+	handling := []kind{endToEnd, draining, keyed, retrying, slow, latency, memory}
 	return []peer{
 		{name: "plain", title: "nats.go", open: openPlain},
 		{name: "postrider", title: "Postrider", open: openPostrider},
@@ -44,6 +45,8 @@ func allPeers() []peer {
 		{name: "watermill", title: "Watermill", lacks: []kind{keyed}, open: openWatermill},
 		{name: "cqrs", title: "Watermill CQRS", lacks: []kind{keyed}, open: openCQRS},
 		{name: "cloudevents", title: "CloudEvents SDK", lacks: []kind{keyed, retrying}, open: openCloudEvents},
+		{name: "ceiling", title: "ceiling", lacks: handling, open: openCeiling},
+		{name: "ceiling-atomic", title: "ceiling, atomic", lacks: handling, open: openAtomicCeiling},
 	}
 }
 
@@ -51,6 +54,7 @@ func allPeers() []peer {
 type site struct {
 	url    string
 	stream string
+	size   int  // of the payload
 	keyed  bool // messages have a key, and a key's messages are handled in order
 }
 

@@ -54,7 +54,7 @@ func (w worker) do(ctx context.Context, j job) (_ result, err error) {
 		return result{}, err
 	}
 	defer func() { err = errors.Join(err, w.js.DeleteStream(context.WithoutCancel(ctx), name)) }()
-	s, err := w.peer.open(ctx, site{url: w.url, stream: name, keyed: c.kind == keyed})
+	s, err := w.peer.open(ctx, site{url: w.url, size: j.Size, stream: name, keyed: c.kind == keyed})
 	if err != nil {
 		return result{}, fmt.Errorf("open: %w", err)
 	}
