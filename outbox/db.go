@@ -1,7 +1,6 @@
 package outbox
 
 import (
-	"bytes"
 	"context"
 	"slices"
 	"time"
@@ -14,7 +13,9 @@ import (
 )
 
 // DB is the pool of a database with an outbox. It is a [postrider.Publisher] with transactions of its own, and begins
-// transactions whose messages go to the server with their COMMIT. It is safe for concurrent use.
+// transactions whose messages go to the server with their COMMIT. It is safe for concurrent use. If the relay that leads runs in
+// this process on the same pool, messages go to it directly; then whoever publishes must be allowed to read the tables, as the
+// relay is.
 type DB struct {
 	outbox *Outbox
 	pool   *pgxpool.Pool
@@ -40,8 +41,15 @@ func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 		return err
 	}
 	look, err := d.outbox.admit(func(sql string, depth *int64) error { return d.pool.QueryRow(ctx, sql).Scan(depth) })
+	to, direct := d.outbox.directTo(d.pool), false
 	switch {
 	case err != nil:
+	case to != nil && !look && len(msgs) < copyFrom:
+		var ids []int64
+		if ids, err = d.insert(ctx, rows); err == nil {
+			rows.own()
+			direct = to.hand(rows, ids)
+		}
 	case len(msgs) >= copyFrom && len(rows.keys) > 0:
 		err = pgx.BeginTxFunc(ctx, d.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error { return d.outbox.insert(ctx, tx, rows, look) })
 	default:
@@ -50,8 +58,14 @@ func (d *DB) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	if err != nil {
 		return d.outbox.failed(ctx, "publish "+name(msgs), err)
 	}
-	d.outbox.now()
+	d.outbox.now(direct)
 	return nil
+}
+
+// insert returns the numbers of the rows.
+func (d *DB) insert(ctx context.Context, r rows) ([]int64, error) {
+	sql, args := r.statement(&d.outbox.q)
+	return numbered(d.pool.Query(ctx, sql+d.outbox.q.returning, args...))
 }
 
 // Begin begins a transaction in which [Outbox.In] does not insert at once: all messages go with the COMMIT, in one flight,
@@ -85,11 +99,12 @@ func (d *DB) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
 	if commit == "" {
 		commit = "commit"
 	}
-	return &deferred{conn: conn, opts: opts, commit: commit}, nil
+	return &deferred{pool: d.pool, conn: conn, opts: opts, commit: commit}, nil
 }
 
 // deferred is a transaction of DB.Begin.
 type deferred struct {
+	pool    *pgxpool.Pool
 	conn    *pgxpool.Conn
 	opts    pgx.TxOptions
 	tx      pgx.Tx // nil: it has not begun
@@ -102,6 +117,9 @@ type waiting struct {
 	outbox *Outbox
 	rows   rows
 	look   bool // at the depth
+
+	direct *direct // nil: the numbers are not asked for
+	ids    []int64
 }
 
 // queue publishes in a deferred transaction.
@@ -126,10 +144,8 @@ func (q queue) Publish(ctx context.Context, msgs ...*postrider.Message) error {
 	if err != nil {
 		return q.outbox.failed(ctx, "publish "+name(msgs), err)
 	}
-	for i := range rows.data {
-		rows.data[i] = bytes.Clone(rows.data[i]) // a Publisher keeps nothing of its caller
-	}
-	q.tx.waiting = append(q.tx.waiting, waiting{q.outbox, rows, look})
+	rows.own() // a Publisher keeps nothing of its caller
+	q.tx.waiting = append(q.tx.waiting, waiting{outbox: q.outbox, rows: rows, look: look})
 	return nil
 }
 
@@ -189,9 +205,6 @@ func (t *deferred) Commit(ctx context.Context) error {
 		}
 		return err
 	}
-	for _, w := range t.waiting {
-		w.outbox.now()
-	}
 	return nil
 }
 
@@ -228,7 +241,8 @@ func (t *deferred) send(ctx context.Context) error {
 	if t.tx == nil {
 		batch.BeginTx(t.opts)
 	}
-	for _, w := range all {
+	for i := range all {
+		w := &all[i]
 		if len(w.rows.topics) >= copyFrom {
 			continue
 		}
@@ -236,11 +250,21 @@ func (t *deferred) send(ctx context.Context) error {
 			w.outbox.queueLook(batch)
 		}
 		sql, args := w.rows.statement(&w.outbox.q)
-		batch.Queue(sql, args...)
+		if t.opts.IsoLevel != pgx.Serializable { // there what is read beside may make it fail
+			w.direct = w.outbox.directTo(t.pool)
+		}
+		if w.direct == nil {
+			batch.Queue(sql, args...)
+			continue
+		}
+		batch.Queue(sql+w.outbox.q.returning, args...).Query(func(answer pgx.Rows) (err error) {
+			w.ids, err = numbered(answer, nil)
+			return err
+		})
 	}
-	rolledBack := false
+	done := ""
 	batch.Queue(t.commit).Exec(func(tag pgconn.CommandTag) error {
-		rolledBack = tag.String() == "ROLLBACK"
+		done = tag.String()
 		return nil
 	})
 	results := t.conn.SendBatch(ctx, batch)
@@ -250,8 +274,11 @@ func (t *deferred) send(ctx context.Context) error {
 	if err := results.Close(); err != nil {
 		return all[0].outbox.failed(ctx, "commit", err)
 	}
-	if rolledBack {
+	if done == "ROLLBACK" {
 		return pgx.ErrTxCommitRollback
+	}
+	for _, w := range all {
+		w.outbox.now(done == "COMMIT" && w.direct.hand(w.rows, w.ids)) // or else it was prepared
 	}
 	return nil
 }

@@ -41,7 +41,10 @@
 //
 // # Wake-up
 //
-// A Publish wakes the relay of its process, and with [Config.Poker] those of other processes: a message of core NATS without
+// What was committed by a [DB] of the pool of the relay, in its process, goes to the relay directly, unless something that was committed
+// before is still to be sent, or messages come faster than a thousand times a second, when looks at the tables cost less.
+//
+// Any other Publish wakes the relay of its process, and with [Config.Poker] those of other processes: a message of core NATS without
 // content, at most every 2 ms. [RelayConfig.Listen] has SQL writers wake it. All of them may get lost, and each may be left out: the
 // relay looks 2 ms after it had something to do, then after 4, up to RelayConfig.PollInterval. Where a Publish comes before the
 // commit, as through [Outbox.In] in a transaction of the caller's, the looks that follow it find the message at most as long after

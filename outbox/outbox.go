@@ -79,6 +79,8 @@ type Outbox struct {
 	// To the relay of this process: something will be committed soon, or has been.
 	wake, committed chan struct{}
 
+	directs sync.Map // from *pgxpool.Pool to *direct, where a relay leads
+
 	pokes   sync.Mutex
 	poked   time.Time // when a poke was sent last
 	poking  bool      // one will be, with a timer
@@ -108,9 +110,11 @@ func (o *Outbox) soon() {
 	o.pokeOthers()
 }
 
-// now has relays look now, here at once.
-func (o *Outbox) now() {
-	poke(o.committed)
+// now has relays look now, here at once unless the relay of this process was handed the messages.
+func (o *Outbox) now(direct bool) {
+	if !direct {
+		poke(o.committed)
+	}
 	o.pokeOthers()
 }
 

@@ -125,7 +125,7 @@ func TestPokesAreFew(t *testing.T) {
 	}
 	wg.Wait()
 	last := time.Now()
-	ob.now()
+	ob.now(false)
 	postridertest.Eventually(t, func() error {
 		if c.last.Load() < last.UnixNano() {
 			return fmt.Errorf("%d pokes, none after the last message", c.n.Load())

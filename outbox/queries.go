@@ -11,7 +11,7 @@ import (
 // types better (CVE-2018-1058): so the types are written where they would be converted, or pg_catalog is.
 type queries struct {
 	lockKeys, insertOne, insertKeyed               string // in the user's transaction
-	insertMany, insertManyKeyed, depth             string // the same
+	insertMany, insertManyKeyed, depth, returning  string // the same
 	sequence, acquire, probe, plan, page, write    string // the relay's ordinary work
 	dead, adopt, adoptCursor, covered              string // what happens seldom
 	mark, marks, toMark, dropMarks                 string // what the broker had when
@@ -49,6 +49,10 @@ func newQueries(schema string) queries {
 			with locked as materialized (select count(*) from (` + strings.Replace(lockKeys, "$1", "$4", 1) + ` offset 0) as l)
 			insert into :"schema".postrider_outbox (topic, attributes, data)
 			select t, a, d from locked, unnest($1::text[], $2::bytea[], $3::bytea[]) with ordinality as u (t, a, d, n) order by n`),
+
+		// Added to an insert it returns the numbers in the order of the rows, and whether the outbox is paused. One row by its
+		// key.
+		returning: in(` returning id, (select paused_at is not null from :"schema".postrider_outbox_relay)`),
 
 		// About how many messages wait: the highest number drawn less the one up to which the cursor is written. One row.
 		depth: in(`

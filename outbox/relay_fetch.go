@@ -20,6 +20,8 @@ type page struct {
 	after cursor // once the page is done
 	upTo  int64  // numbers up to here are done then, or belong to open transactions
 	since int64  // when its first row was written, Unix nanoseconds by our clock; 0: it is empty
+
+	direct int // how many rows more it had, which had gone directly
 }
 
 // row is one message of the outbox.
@@ -81,6 +83,11 @@ func (t *term) read() (sight, error) {
 
 // hand gives a page to the sender.
 func (t *term) hand(p page) {
+	t.passOver(&p)
+	for _, r := range p.rows {
+		t.account.add(r.id)
+	}
+	t.account.settle(p.after.solid())
 	if t.inFlight == 0 {
 		t.r.oldest.Store(p.since)
 	}

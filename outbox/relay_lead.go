@@ -32,6 +32,7 @@ func (t *term) lead(stop context.Context) error {
 	t.measure()
 	t.r.leading.Store(true)
 	defer t.r.leading.Store(false)
+	defer t.openDirect()()
 	defer t.conn.Release()
 	defer t.expiry.Stop()
 
@@ -65,6 +66,9 @@ func (t *term) lead(stop context.Context) error {
 	t.endFeed()
 	if err == nil {
 		err = t.drain(cancelPublishing)
+	}
+	if err == nil {
+		err = t.seal()
 	}
 	if err != nil && t.ctx.Err() != nil { // whatever was broken off, this is why
 		err = context.Cause(t.ctx)
@@ -109,6 +113,13 @@ func (t *term) loop(stop context.Context) error {
 		if at := time.Now().Add(d); !due && at.Before(next) {
 			next = at
 			poll.Reset(d)
+		}
+	}
+	look := func() {
+		if wait := time.Until(looked.Add(lookGap)); wait > 0 || t.feeding.feed != nil {
+			soon(wait)
+		} else {
+			due, interval = true, pollMin
 		}
 	}
 
@@ -166,13 +177,15 @@ func (t *term) loop(stop context.Context) error {
 		case <-t.r.outbox.wake:
 			t.busy = time.Now()
 			soon(wakeDelay)
+		case <-t.direct.came:
+			if !t.sendDirect() {
+				look()
+			} else if len(t.early) > 0 || t.inFlight > 0 {
+				soon(directLook)
+			}
 		case <-t.r.outbox.committed:
 			t.busy = time.Now()
-			if wait := time.Until(looked.Add(lookGap)); wait > 0 || t.feeding.feed != nil {
-				soon(wait)
-			} else {
-				due, interval = true, pollMin
-			}
+			look()
 		case <-tick.C:
 			t.keepFeed()
 			if err := t.keepRing(); err != nil {
@@ -188,7 +201,7 @@ func (t *term) loop(stop context.Context) error {
 
 // rests says if there is nothing to do, as it is written, and was nothing for a while: outboxNews would not find anything.
 func (t *term) rests() bool {
-	if t.inFlight > 0 || t.unwritten > 0 || time.Since(t.busy) < rest {
+	if t.inFlight > 0 || t.unwritten > 0 || len(t.early) > 0 || time.Since(t.busy) < rest {
 		return false
 	}
 	return t.paused || t.done.scan == nil && t.reading.scan == nil && t.highest <= t.done.floor
@@ -219,7 +232,9 @@ func (t *term) drain(cancelPublishing context.CancelFunc) error {
 
 // settle takes the news of a page: the cursor moves behind it, once its dead letters are safe.
 func (t *term) settle(res result) error {
-	t.inFlight--
+	if t.inFlight--; t.inFlight == 0 {
+		poke(t.direct.came) // what waited meanwhile
+	}
 	if res.gaveUp {
 		return nil // the term ends; the page is read again by the next one
 	}

@@ -76,6 +76,11 @@ type term struct {
 	tail *tailWatch // nil: the publisher cannot tell what the broker has
 
 	feeding feeding // logical replication
+
+	direct   *direct
+	throttle throttle
+	account  account
+	early    map[int64]*postrider.Message // what went directly and was not read since
 }
 
 // newTerm takes the lease. It returns nil if another relay has it. With search it looks first for what the broker still has.
@@ -98,7 +103,10 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string,
 	queryCtx, cancel := context.WithTimeout(ctx, r.cfg.LeaseTTL)
 	defer cancel()
 
-	t := &term{r: r, conn: conn, owner: owner, limit: r.cfg.BatchSize, pages: make(chan page, readAhead), results: make(chan result, readAhead)}
+	t := &term{
+		r: r, conn: conn, owner: owner, limit: r.cfg.BatchSize, pages: make(chan page, readAhead), results: make(chan result, readAhead),
+		direct: &direct{came: make(chan struct{}, 1)}, early: map[int64]*postrider.Message{},
+	}
 	var s stored
 	var home bool
 	err := conn.QueryRow(queryCtx, r.outbox.q.acquire, owner, r.cfg.LeaseTTL.Seconds()).Scan(
@@ -139,6 +147,7 @@ func (r *Relay) takeLease(ctx context.Context, conn *pgxpool.Conn, owner string,
 		return nil, fmt.Errorf("outbox: read cursor: %w", err)
 	}
 	t.reading, t.floor, t.settled, t.noted = t.done, t.done.floor, t.done.floor, r.published.Load()
+	t.account.settle(t.done.solid())
 	t.busy = begun
 	t.written = begun.Add(-writeInterval) // the first page is written down at once: terms may be short
 	t.ctx, t.cancel = context.WithCancelCause(context.WithoutCancel(ctx))

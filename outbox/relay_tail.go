@@ -154,7 +154,7 @@ func (w *tailWatch) published(err error) {
 
 // accepted notes that a page is with the broker.
 func (w *tailWatch) accepted(p page) {
-	if w != nil && len(p.rows) > 0 {
+	if w != nil && len(p.rows)+p.direct > 0 {
 		w.mu.Lock()
 		w.sent++
 		w.mu.Unlock()
@@ -207,7 +207,7 @@ func (w *tailWatch) read(ctx context.Context, job markJob) (map[string]string, e
 
 // note takes a page that is settled. Where nothing was accepted there may be no stream.
 func (w *tailWatch) note(res result) {
-	if w == nil || len(res.page.rows) == 0 {
+	if w == nil || len(res.page.rows)+res.page.direct == 0 {
 		return
 	}
 	w.settled++
