@@ -99,3 +99,41 @@ func TestPublishWithoutServerSaysSo(t *testing.T) {
 		t.Errorf("%v, want Unavailable, not processed, that says why", err)
 	}
 }
+
+// The consumer of group "svc-a" and topic "b.c.v1" has the name of that of group "svc" and topic "a-b.c.v1". The second must
+// not take it over, which left the first without messages.
+func TestConsumerOfAnotherTopicIsNotTaken(t *testing.T) {
+	t.Parallel()
+	srv := postridertest.NewNATS(t)
+	first, second := postrider.NewTopic[note]("b.c.v1"), postrider.NewTopic[note]("a-b.c.v1")
+	got := new(seen)
+	begin := func(topic *postrider.Topic[note], group string) (*bus.Bus, chan error) {
+		b := newBus(t, srv.Connect(), func(c *bus.Config) {
+			c.Streams = []bus.Stream{{Name: "LETTERS", Topics: []string{"b.>", "a-b.>"}}}
+		})
+		if err := b.Subscribe(topic.Handler(func(_ context.Context, e postrider.Event[note]) error { got.add(*e.Value); return nil }), bus.Group(group)); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ended := make(chan struct{})
+		go func() { defer close(ended); done <- b.Run(ctx) }()
+		t.Cleanup(func() { cancel(); <-ended })
+		return b, done
+	}
+	b, _ := begin(first, "svc-a")
+	<-b.Started()
+	_, done := begin(second, "svc")
+	if err := <-done; !errors.Is(err, postrider.FailedPrecondition) || !strings.Contains(err.Error(), "for another topic, b.c.v1") {
+		t.Errorf("Run: %v, want FailedPrecondition that names the other topic", err)
+	}
+	if err := first.Publish(t.Context(), b, &note{N: 1}); err != nil {
+		t.Fatal(err)
+	}
+	postridertest.Eventually(t, func() error {
+		if got.count() != 1 {
+			return errors.New("the first group has no messages any more")
+		}
+		return nil
+	})
+}

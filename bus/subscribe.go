@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -307,9 +308,28 @@ func (s *subscription) bindConsumer(ctx context.Context, stream jetstream.Stream
 		return fromNATS(op, err)
 	}
 	began := have.CachedInfo().Config // that cannot be changed, nor needs to be
+	if other := otherFilters(began, append(s.filters(), s.subject)); other != "" {
+		return postrider.Errorf(postrider.FailedPrecondition,
+			"%s: it is there for another topic, %s: rename the group or the topic, for names that differ in dots, - and _ alone make the same consumer", op, other)
+	}
 	cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = began.DeliverPolicy, began.OptStartSeq, began.OptStartTime
 	_, err = stream.UpdateConsumer(ctx, cfg)
 	return fromNATS(op, err)
+}
+
+// otherFilters returns what a consumer that exists is for, if it is for none of our subjects: to change it would take its
+// messages from the group that it belongs to.
+func otherFilters(have jetstream.ConsumerConfig, ours []string) string {
+	theirs := have.FilterSubjects
+	if have.FilterSubject != "" {
+		theirs = append(theirs, have.FilterSubject)
+	}
+	for _, subject := range theirs {
+		if slices.Contains(ours, subject) {
+			return ""
+		}
+	}
+	return strings.Join(theirs, ", ")
 }
 
 // begin creates a consumer. One for a part of a group that was not divided before begins where the group is.
