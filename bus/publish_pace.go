@@ -13,6 +13,7 @@ type pace struct {
 	batch  atomic.Int64 // an atomic batch, whatever its size: most of it is the staging
 
 	samples atomic.Int64 // that single is made of
+	lone    atomic.Int64 // messages that were alone
 	singles atomic.Int64 // messages on their way singly
 	batches atomic.Int64 // atomic batches begun and ended: odd while one is on its way
 	stored  atomic.Int64 // messages of fast batches
@@ -87,6 +88,9 @@ func (t trip) end() {
 	switch {
 	case t.batches%2 == 1 || t.batches != p.batches.Load(): // a batch was in front of it
 	case t.ahead == 0 && behind == 0:
+		if p.lone.Add(1) == 1 {
+			return // the first of all may be slow, and then nothing would be left of what those in front of others take
+		}
 		if learn(&p.alone, took, 64); took < p.alone.Load() { // a pause is not what it takes
 			p.alone.Store(took)
 		}

@@ -309,3 +309,20 @@ func TestLargeMessagesAreNotTakenForSynced(t *testing.T) {
 		}
 	}
 }
+
+// TestSlowFirstMessageDoesNotHideSyncs: the first message of all may take longer than many later ones together, which must not
+// look as if they took nothing.
+func TestSlowFirstMessageDoesNotHideSyncs(t *testing.T) {
+	t.Parallel()
+	const ahead, each = 15, 250 * time.Microsecond
+	p := &pace{}
+	p.singles.Add(1)
+	trip{pace: p, began: time.Now().Add(-time.Second), share: shareOfMany}.end()
+	for range probeSize {
+		p.singles.Add(1)
+		trip{pace: p, began: time.Now().Add(-ahead * each), ahead: ahead, share: shareOfFew}.end()
+		if p.isCheap() {
+			t.Fatalf("%v each passes for %v", each, time.Duration(p.single.Load()))
+		}
+	}
+}
