@@ -24,7 +24,7 @@ var promises = []struct {
 		"TestNothingOpenStallsTheRelay", "TestOpenTransactionHoldsUpNobody", "TestLogicalServer",
 	}},
 	{"concurrent writers break the order of a key", []string{
-		"TestProof", "TestProofFindsWrongDesigns", "TestKeyLock", "TestDirectOvertakesNothing", "TestNumberIsDrawnUnderTheKeysLock", "TestPartialFailureKeepsTheOrderOfAKey",
+		"TestProof", "TestProofFindsWrongDesigns", "TestKeyLock", "TestDirectOvertakesNothing", "TestProofDirect", "TestNumberIsDrawnUnderTheKeysLock", "TestPartialFailureKeepsTheOrderOfAKey",
 	}},
 	{"two relays break the order of a key", []string{"TestProof", "TestOneOfSeveralRelaysLeads", "TestKilledRelays"}},
 	{"a relay that was stopped for long and goes on publishes over its successor without being fenced", []string{
