@@ -118,7 +118,7 @@ type instant struct {
 	claim Claim
 }
 
-func (s instant) Claim(context.Context, string, []byte, time.Duration) (Claim, error) {
+func (s instant) Claim(context.Context, string, string, []byte, time.Duration) (Claim, error) {
 	return s.claim, nil
 }
 

@@ -124,11 +124,11 @@ func TestRequestsInEachExecMode(t *testing.T) {
 		c.err = nil
 		b.wantDo(s, key, c, "o-1/2")
 		b.wantDo(s, key, c, "o-1/2")
-		claim, err := s.Claim(t.Context(), key, []byte{}, time.Second)
+		claim, err := s.Claim(t.Context(), key, "me", []byte{}, time.Second)
 		must(t, err)
 		must(t, s.Renew(t.Context(), key, claim.Fence, time.Second))
 		b.exec(`update effects.postrider_request set until = now() - interval '1 hour' where key = $1`, key)
-		next, err := s.Claim(t.Context(), key, []byte{}, time.Second)
+		next, err := s.Claim(t.Context(), key, "another", []byte{}, time.Second)
 		if err != nil || next.Fence <= claim.Fence {
 			t.Errorf("%v: %+v, %v", mode, next, err)
 		}

@@ -133,7 +133,7 @@ func TestDoRefusesAnotherRequest(t *testing.T) {
 		t.Errorf("it ran %d times", n)
 	}
 	// Nor does a dead owner's key go to another request, which would hide that the first one may have had its effect.
-	_, err := s.Claim(t.Context(), "stock.v1/Reserve dead", []byte("something else"), time.Millisecond)
+	_, err := s.Claim(t.Context(), "stock.v1/Reserve dead", "me", []byte("something else"), time.Millisecond)
 	must(t, err)
 	b.exec(`update effects.postrider_request set until = now() - interval '1 second' where key ~ 'dead'`)
 	_, err = b.do(s, "dead", c)
@@ -183,7 +183,7 @@ func TestDoTakesOverFromTheDead(t *testing.T) {
 	s, c := b.store(Config{}), &charge{}
 	data, err := b.reserve.Codecs()[0].Append(nil, &order{ID: "o-1"})
 	must(t, err)
-	dead, err := s.Claim(t.Context(), "stock.v1/Reserve k", fingerprint(data), time.Second)
+	dead, err := s.Claim(t.Context(), "stock.v1/Reserve k", "me", fingerprint(data), time.Second)
 	must(t, err)
 	var fence int64
 	c.body = func(ctx context.Context) error {
@@ -306,6 +306,29 @@ func TestDoWritesDownThroughBrokenConnections(t *testing.T) {
 	}
 }
 
+// TestDoOwnsAKeyThatItHasNotHeardOf: the claim is there, its answer is lost, and nobody waits for the end of the lease.
+func TestDoOwnsAKeyThatItHasNotHeardOf(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	s, proxy := b.proxied()
+	c := &charge{}
+	b.wantDo(s, "before", c, "o-1/1") // so that there is a connection
+	proxy.Swallow()
+	go func() {
+		const there = `select count(*) from effects.postrider_request where key ~ 'lost'`
+		for n := 0; n == 0 && b.pool.QueryRow(t.Context(), there).Scan(&n) == nil; {
+			<-time.After(time.Millisecond)
+		}
+		proxy.Cut()
+	}()
+	began := time.Now()
+	res, err := Do(t.Context(), s, b.reserve, "lost", &order{ID: "o-1"}, c.run, Lease(time.Hour))
+	if err != nil || res.ID != "o-1/2" {
+		t.Fatalf("%v, %v after %v", res, err, time.Since(began))
+	}
+	b.wantDo(s, "lost", c, "o-1/2")
+}
+
 // completed says if a key's request is.
 func (b *bench) completed(key string) bool {
 	var state int
@@ -392,7 +415,7 @@ func TestSweepOfRequests(t *testing.T) {
 // away is a store that cannot be reached once a key is claimed.
 type away struct{ Records }
 
-func (away) Claim(context.Context, string, []byte, time.Duration) (Claim, error) {
+func (away) Claim(context.Context, string, string, []byte, time.Duration) (Claim, error) {
 	return Claim{Fence: 1}, nil
 }
 

@@ -72,7 +72,8 @@
 //
 // [Do] runs a function once per key that a caller chose and records what it returned: a repetition gets the same response or
 // refusal, and another request under the same key is refused. While it runs the key is leased; whoever comes meanwhile waits, and
-// takes over when the owner has died. A payment at a provider or a mail cannot commit with the record, so it happens
+// takes over when the owner has died. An owner whose claim was written down, and the answer lost, has the key at once when it asks again.
+// A payment at a provider or a mail cannot commit with the record, so it happens
 // at least once: give the provider the key, or the fence ([FenceFromContext]). [DoTx] is the same for effects in the database, exactly once.
 // [HTTP] does it for the Idempotency-Key header of net/http handlers, [Dedup] for any handler of messages. The outcomes are kept
 // in a [Records]: the [Store], or a NATS bucket (package kvstore).

@@ -15,8 +15,9 @@ import (
 // safe for concurrent use, and an error that is not [ErrLost] means that nobody knows whether the method took effect.
 type Records interface {
 	// Claim makes the caller the owner of a key that has no outcome and no owner, or an owner whose lease has ended and who
-	// claimed it for the same request; else it tells what is there. request is a fingerprint of at most 64 bytes.
-	Claim(ctx context.Context, key string, request []byte, lease time.Duration) (Claim, error)
+	// claimed it for the same request; else it tells what is there. request is a fingerprint of at most 64 bytes. owner names
+	// the caller, as no other does: one that owns the key already, and has not heard of it, gets the same fence and a new lease.
+	Claim(ctx context.Context, key, owner string, request []byte, lease time.Duration) (Claim, error)
 
 	// Renew makes an owner's lease end a lease from now. The error is [ErrLost] when another has the key.
 	Renew(ctx context.Context, key string, fence int64, lease time.Duration) error

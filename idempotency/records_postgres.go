@@ -27,8 +27,8 @@ const maxRequestKey = 1500
 // claimTries bounds how often a claim looks again when somebody else was faster. Each time another caller has got on.
 const claimTries = 100
 
-// Claim implements [Records]: one statement, and another one when a lease has ended.
-func (s *Store) Claim(ctx context.Context, key string, request []byte, lease time.Duration) (Claim, error) {
+// Claim implements [Records]: one statement, and another one when a lease has ended or is the caller's.
+func (s *Store) Claim(ctx context.Context, key, owner string, request []byte, lease time.Duration) (Claim, error) {
 	op := "idempotency: claim " + key
 	if key == "" || len(key) > maxRequestKey || !utf8.ValidString(key) || strings.ContainsRune(key, 0) {
 		return Claim{}, &postrider.Error{
@@ -36,7 +36,7 @@ func (s *Store) Claim(ctx context.Context, key string, request []byte, lease tim
 		}
 	}
 	for range claimTries {
-		c, again, err := s.claim(ctx, key, request, lease)
+		c, again, err := s.claim(ctx, key, owner, request, lease)
 		if err != nil {
 			return Claim{}, s.recordError(ctx, op, err)
 		}
@@ -54,12 +54,13 @@ func (s *Store) Claim(ctx context.Context, key string, request []byte, lease tim
 	return Claim{}, &postrider.Error{Code: postrider.Aborted, Op: op, Msg: "too many others claim the key"}
 }
 
-func (s *Store) claim(ctx context.Context, key string, request []byte, lease time.Duration) (c Claim, again bool, _ error) {
+func (s *Store) claim(ctx context.Context, key, owner string, request []byte, lease time.Duration) (c Claim, again bool, _ error) {
 	var state int16
 	var fence, left int64
+	var mine bool
 	var o Outcome
-	err := s.pool.QueryRow(ctx, s.sql.claimRequest, key, request, lease.Microseconds()).
-		Scan(&state, &fence, &left, &c.Request, &o.ContentType, &o.Data)
+	err := s.pool.QueryRow(ctx, s.sql.claimRequest, key, request, lease.Microseconds(), owner).
+		Scan(&state, &fence, &left, &mine, &c.Request, &o.ContentType, &o.Data)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows): // it was inserted after the statement had begun
 		return c, true, nil
@@ -72,10 +73,16 @@ func (s *Store) claim(ctx context.Context, key string, request []byte, lease tim
 		o.Refused = state == requestRefused
 		c.Outcome = &o
 		return c, false, nil
+	case mine:
+		err := s.Renew(ctx, key, fence, lease)
+		if errors.Is(err, ErrLost) { // another one took it
+			return c, true, nil
+		}
+		return Claim{Fence: fence}, false, err
 	case left > 0 || c.Request != nil && !bytes.Equal(c.Request, request):
 		return c, false, nil
 	}
-	err = s.pool.QueryRow(ctx, s.sql.takeRequest, key, request, lease.Microseconds(), fence).Scan(&fence)
+	err = s.pool.QueryRow(ctx, s.sql.takeRequest, key, request, lease.Microseconds(), fence, owner).Scan(&fence)
 	if errors.Is(err, pgx.ErrNoRows) { // another one took it
 		return c, true, nil
 	}

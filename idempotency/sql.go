@@ -45,18 +45,18 @@ const (
 	// One round trip, and for a key that is there no write and no lock. Its own insertion is invisible to the second part.
 	// No row at all: another one inserted the key after the statement had begun.
 	claimRequestSQL = `with mine as (
-			insert into :"schema".postrider_request (key, request, until)
-			values ($1, $2, clock_timestamp() + $3::bigint * interval '1 microsecond')
+			insert into :"schema".postrider_request (key, request, until, owner)
+			values ($1, $2, clock_timestamp() + $3::bigint * interval '1 microsecond', nullif($4::text, ''))
 			on conflict do nothing returning fence)
-		select -1::smallint, fence, 0::bigint, null::bytea, '', null::bytea from mine
+		select -1::smallint, fence, 0::bigint, true, null::bytea, '', null::bytea from mine
 		union all
 		select state, fence, (extract(epoch from until - clock_timestamp()) * 1000000)::bigint,
-			request, coalesce(content_type, ''), reply
+			coalesce(owner = $4::text, false), request, coalesce(content_type, ''), reply
 		from :"schema".postrider_request where key = $1`
 
 	// Takes a key whose lease has ended from the owner that $4 names.
 	takeRequestSQL = `update :"schema".postrider_request
-		set fence = fence + 1, request = $2, until = clock_timestamp() + $3::bigint * interval '1 microsecond'
+		set fence = fence + 1, request = $2, until = clock_timestamp() + $3::bigint * interval '1 microsecond', owner = nullif($5::text, '')
 		where key = $1 and fence = $4 and state = 0 and until <= clock_timestamp() and (request is null or request = $2)
 		returning fence`
 
@@ -66,7 +66,7 @@ const (
 		where key = $1 and fence = $2`
 
 	// The fence rises so that a late statement of the owner changes nothing.
-	releaseRequestSQL = `update :"schema".postrider_request set fence = fence + 1, request = null, until = clock_timestamp()
+	releaseRequestSQL = `update :"schema".postrider_request set fence = fence + 1, request = null, until = clock_timestamp(), owner = null
 		where key = $1 and fence = $2 and state = 0`
 )
 

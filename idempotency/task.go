@@ -53,9 +53,9 @@ func (t *task) do(ctx context.Context, run func(context.Context) (Outcome, error
 	if t.lease < minLease {
 		return o, false, postrider.Errorf(postrider.InvalidArgument, "%s: the lease is %v: want at least %v", t.op, t.lease, minLease)
 	}
+	owner := postrider.NewID()
 	for attempt := 1; ; attempt++ {
-		began := time.Now()
-		c, err := t.records.Claim(ctx, t.key, t.request, t.lease)
+		c, began, err := t.claim(ctx, owner)
 		switch {
 		case err != nil:
 			return o, false, t.unclaimed(ctx, err)
@@ -74,6 +74,17 @@ func (t *task) do(ctx context.Context, run func(context.Context) (Outcome, error
 		}
 		if err := backoff.Wait(ctx, polling, attempt); err != nil {
 			return o, false, t.busy(err)
+		}
+	}
+}
+
+// claim claims the key. If an answer is lost the key may be ours, so that it asks again before it leaves the key to the end of its lease.
+func (t *task) claim(ctx context.Context, owner string) (c Claim, began time.Time, err error) {
+	for attempt := 1; ; attempt++ {
+		began = time.Now()
+		c, err = t.records.Claim(ctx, t.key, owner, t.request, t.lease)
+		if err == nil || attempt == settleTries || !postrider.Retryable(err) || backoff.Wait(ctx, polling, attempt) != nil {
+			return c, began, err
 		}
 	}
 }

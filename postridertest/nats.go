@@ -41,6 +41,26 @@ func NewNATS(t testing.TB) *NATSServer {
 	return &NATSServer{URL: srv.URL, t: t, srv: srv}
 }
 
+// NewNATSCluster starts n servers as of [NewNATS] that form a cluster, and returns when streams can be created, which takes some
+// seconds. A connection to one of them goes on with another when that one stops.
+func NewNATSCluster(t testing.TB, n int) []*NATSServer {
+	t.Helper()
+	cluster, err := devstack.StartNATSCluster(t.Context(), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var servers []*NATSServer
+	for _, srv := range cluster {
+		t.Cleanup(func() {
+			if err := srv.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		servers = append(servers, &NATSServer{URL: srv.URL, t: t, srv: srv})
+	}
+	return servers
+}
+
 // Connect returns a new connection, closed when the test ends. It reconnects for ever and within milliseconds, unless
 // options say otherwise.
 func (s *NATSServer) Connect(options ...nats.Option) *nats.Conn {

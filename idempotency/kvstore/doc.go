@@ -11,14 +11,14 @@
 //
 // A [Store] is an idempotency.Records: Do, HTTP and Dedup take it. An owner's lease is the time-to-live of its entry, which the server
 // counts in whole seconds, and its fence is the number that the stream gave to its claim. Every change names the number of the entry
-// that it replaces, so that of two only one succeeds.
+// that it replaces, so that of two only one succeeds. With several replicas entries are read from the leader ($JS.API.STREAM.MSG.GET), never
+// from a replica that may be behind: one server of three that was restarted under load told one owner in fifteen that it had lost its key.
 //
 // The promise is weaker than that of the store in PostgreSQL:
 //   - The effect of a request happens at least once, never in one transaction with the record: there is no Action, no
 //     Handler and no DoTx. A process that dies between the two leaves the next caller to run it again.
 //   - When an owner has died, its entry is gone with its lease, and the next caller may come with another request.
-//   - With several replicas an entry may be read from one that is behind: a caller may still be told that a key is in use when it was
-//     just completed. It is never told that it owns a key that another has.
+//   - While the servers elect a leader, some seconds after one has died, requests fail as Unavailable or wait.
 //   - A NATS server that does not sync each message to disk (sync_interval: always) can forget outcomes in a power cut.
 //
 // An outcome must fit into a message: the server's max_payload, 1 MiB unless it is configured, less a third for the encoding.

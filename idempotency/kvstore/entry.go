@@ -20,6 +20,7 @@ type entry struct {
 	Key         string `json:"key"`
 	State       string `json:"state"`
 	Fence       int64  `json:"fence,omitempty"` // none in the message that claims the key: it is that message's sequence
+	Owner       string `json:"owner,omitempty"` // who has it, for one that has not heard so
 	Request     []byte `json:"request,omitempty"`
 	ContentType string `json:"content_type,omitempty"`
 	Data        []byte `json:"data,omitempty"`

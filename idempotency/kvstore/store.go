@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"time"
 
@@ -24,6 +25,9 @@ const (
 
 	// markerTTL is how long the server keeps the mark of an entry that is gone, the shortest time it can.
 	markerTTL = time.Second
+
+	// readTimeout bounds the wait for a leader, which nobody answers for while there is none.
+	readTimeout = 5 * time.Second
 )
 
 // Config configures a Store. The zero value is ready to use.
@@ -41,9 +45,10 @@ type Config struct {
 
 // Store keeps requests in a bucket. It is safe for concurrent use, and starts no goroutine.
 type Store struct {
-	js     jetstream.JetStream
-	stream jetstream.Stream
-	prefix string // of subjects
+	js       jetstream.JetStream
+	stream   jetstream.Stream
+	replicas int
+	prefix   string // of subjects
 }
 
 var _ idempotency.Records = (*Store)(nil)
@@ -78,7 +83,7 @@ func Open(ctx context.Context, nc *nats.Conn, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, storeError(ctx, op, err)
 	}
-	return &Store{js: js, stream: stream, prefix: "$KV." + cfg.Bucket + "."}, nil
+	return &Store{js: js, stream: stream, replicas: stream.CachedInfo().Config.Replicas, prefix: "$KV." + cfg.Bucket + "."}, nil
 }
 
 // subject returns where the entry of a key is. A key may have any characters and lengths, a subject may not.
@@ -88,7 +93,7 @@ func (s *Store) subject(key string) string {
 }
 
 // Claim implements [idempotency.Records]: a read, and a write if there is no entry.
-func (s *Store) Claim(ctx context.Context, key string, request []byte, lease time.Duration) (idempotency.Claim, error) {
+func (s *Store) Claim(ctx context.Context, key, owner string, request []byte, lease time.Duration) (idempotency.Claim, error) {
 	if key == "" || len(key) > maxKey {
 		return idempotency.Claim{}, &postrider.Error{
 			Code: postrider.InvalidArgument, Op: "kvstore: claim", Msg: "the key must have 1 to 1,500 bytes",
@@ -96,16 +101,24 @@ func (s *Store) Claim(ctx context.Context, key string, request []byte, lease tim
 	}
 	var c idempotency.Claim
 	err := s.change(ctx, "claim", key, func(at entry) (next *entry, ttl time.Duration, err error) {
-		if at.exists() {
+		c = idempotency.Claim{}
+		switch {
+		case at.State == open && at.Owner != "" && at.Owner == owner: // an answer was lost
+			c.Fence = at.Fence
+			return &at, lease, nil
+		case at.exists():
 			c.Request = at.Request
 			if at.State != open {
 				c.Outcome = &idempotency.Outcome{Refused: at.State == refused, ContentType: at.ContentType, Data: at.Data}
 			}
 			return nil, 0, nil
 		}
-		return &entry{Key: key, State: open, Request: request}, lease, nil
-	}, func(sequence uint64) { c.Fence = int64(sequence) })
-	return c, err
+		return &entry{Key: key, State: open, Owner: owner, Request: request}, lease, nil
+	}, func(sequence uint64) { c.Fence = cmp.Or(c.Fence, int64(sequence)) })
+	if err != nil {
+		return idempotency.Claim{}, err
+	}
+	return c, nil
 }
 
 // Renew implements [idempotency.Records].
@@ -184,7 +197,7 @@ func (s *Store) change(
 
 // read returns the entry of a key: one that does not exist has the sequence of the mark that it left, or 0.
 func (s *Store) read(ctx context.Context, subject string) (entry, error) {
-	msg, err := s.stream.GetLastMsgForSubject(ctx, subject)
+	msg, err := s.last(ctx, subject)
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return entry{}, nil
 	}
@@ -192,6 +205,47 @@ func (s *Store) read(ctx context.Context, subject string) (entry, error) {
 		return entry{}, err
 	}
 	return parseEntry(msg.Sequence, msg.Header, msg.Data)
+}
+
+// last returns the last message of a subject. With several replicas the leader is asked: a replica that is behind, as after a restart,
+// would tell an owner that it has lost its key.
+func (s *Store) last(ctx context.Context, subject string) (*jetstream.RawStreamMsg, error) {
+	if s.replicas == 1 {
+		return s.stream.GetLastMsgForSubject(ctx, subject)
+	}
+	request, err := json.Marshal(map[string]string{"last_by_subj": subject})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	reply, err := s.js.Conn().RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+s.stream.CachedInfo().Config.Name, request)
+	if err != nil {
+		return nil, err
+	}
+	var r struct {
+		Error   *jetstream.APIError `json:"error"`
+		Message *struct {
+			Seq  uint64 `json:"seq"`
+			Hdrs []byte `json:"hdrs"`
+			Data []byte `json:"data"`
+		} `json:"message"`
+	}
+	switch err := json.Unmarshal(reply.Data, &r); {
+	case err != nil:
+		return nil, err
+	case r.Error != nil && r.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound:
+		return nil, jetstream.ErrMsgNotFound
+	case r.Error != nil:
+		return nil, r.Error
+	case r.Message == nil:
+		return nil, jetstream.ErrInvalidJetStreamResponse
+	}
+	msg := &jetstream.RawStreamMsg{Sequence: r.Message.Seq, Data: r.Message.Data}
+	if len(r.Message.Hdrs) > 0 {
+		msg.Header, err = nats.DecodeHeadersMsg(r.Message.Hdrs)
+	}
+	return msg, err
 }
 
 // isConflict says if a message was refused because the entry that it replaces is not the last one.

@@ -63,13 +63,13 @@ func TestOpen(t *testing.T) {
 	}
 	ctx := t.Context()
 	s := openStore(t, nc, Config{Bucket: "mine"})
-	c, err := s.Claim(ctx, "k", nil, time.Minute)
+	c, err := s.Claim(ctx, "k", "me", nil, time.Minute)
 	if err != nil || c.Fence == 0 {
 		t.Fatalf("%+v, %v", c, err)
 	}
 	// Again, with another retention: what is there stays.
 	s = openStore(t, nc, Config{Bucket: "mine", Retention: time.Hour})
-	if again, err := s.Claim(ctx, "k", nil, time.Minute); err != nil || again.Fence != 0 {
+	if again, err := s.Claim(ctx, "k", "another", nil, time.Minute); err != nil || again.Fence != 0 {
 		t.Fatalf("%+v, %v", again, err)
 	}
 	js, err := jetstream.New(nc)
@@ -91,7 +91,7 @@ func TestOpen(t *testing.T) {
 	if err := js.DeleteKeyValue(ctx, "mine"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Claim(ctx, "k", nil, time.Minute); err == nil || errors.Is(err, idempotency.ErrLost) {
+	if _, err := s.Claim(ctx, "k", "me", nil, time.Minute); err == nil || errors.Is(err, idempotency.ErrLost) {
 		t.Errorf("without a bucket: %v", err)
 	}
 }
@@ -102,7 +102,7 @@ func TestNothingIsLeft(t *testing.T) {
 	s, ctx := openStore(t, postridertest.NATS(t), Config{}), t.Context()
 	for i := range 10 {
 		key := fmt.Sprint(i)
-		c, err := s.Claim(ctx, key, nil, time.Second)
+		c, err := s.Claim(ctx, key, "me", nil, time.Second)
 		if err == nil && i%2 == 0 {
 			err = s.Release(ctx, key, c.Fence)
 		}

@@ -34,6 +34,7 @@ create table :"schema".postrider_request (
 	state        smallint    not null default 0 check (state between 0 and 2), -- 0 open, 1 done, 2 refused
 	fence        bigint      not null default 1,                               -- rises with each owner
 	until        timestamptz not null,                                         -- the end of the owner's lease, while open
+	owner        text,                                                         -- who has it, for one that has not heard so
 	request      bytea,                                                        -- fingerprint of the request, null when given back
 	content_type text,
 	reply        bytea,                                                        -- the answer, or the error if refused

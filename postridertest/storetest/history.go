@@ -12,6 +12,7 @@ import (
 
 	"github.com/anishathalye/porcupine"
 
+	"github.com/postrider/postrider"
 	"github.com/postrider/postrider/idempotency"
 )
 
@@ -84,14 +85,21 @@ func (h *history) do(client int, c call, run func(context.Context) (answer, erro
 
 // live claims a key once and, as its owner, does with it what comes to mind.
 func (h *history) live(rnd *rand.Rand, client int, key string) {
-	store := h.env.store
-	fence := h.do(client, call{verb: claims, key: key}, func(ctx context.Context) (answer, error) {
-		c, err := store.Claim(ctx, key, []byte("r"), short)
-		if c.Outcome != nil {
-			return answer{done: true, data: string(c.Outcome.Data)}, err
-		}
-		return answer{fence: c.Fence}, err
-	}).fence
+	store, owner := h.env.store, postrider.NewID()
+	claim := func() answer {
+		return h.do(client, call{verb: claims, key: key}, func(ctx context.Context) (answer, error) {
+			c, err := store.Claim(ctx, key, owner, []byte("r"), short)
+			if c.Outcome != nil {
+				return answer{done: true, data: string(c.Outcome.Data)}, err
+			}
+			return answer{fence: c.Fence}, err
+		})
+	}
+	got := claim()
+	for got.unknown && rnd.IntN(3) > 0 {
+		got = claim() // it may own the key by now
+	}
+	fence := got.fence
 	if fence == 0 {
 		<-time.After(time.Duration(rnd.IntN(20)) * time.Millisecond)
 		return
@@ -124,7 +132,7 @@ func (h *history) live(rnd *rand.Rand, client int, key string) {
 	}
 }
 
-// check fails the test if what the callers saw has no order, or an owner was succeeded before its lease had ended.
+// check fails the test if what the callers saw has no order, or an owner was succeeded, or called a loser, before its lease had ended.
 func (h *history) check() {
 	e, saw := h.env, map[string]int{}
 	for key, events := range h.events {
@@ -162,8 +170,8 @@ func (h *history) check() {
 	}
 }
 
-// tooEarly finds an owner that was succeeded before its lease had ended. The lease was given, or renewed, after it was asked for;
-// the successor was the owner before it heard of it.
+// tooEarly finds an owner that was succeeded, or told that it had lost its key, before its lease had ended. The lease was given, or
+// renewed, after it was asked for; the successor was the owner before it heard of it.
 func tooEarly(events []event) string {
 	type owner struct {
 		fence        int64
@@ -179,8 +187,11 @@ func tooEarly(events []event) string {
 	for _, ev := range events {
 		i := slices.IndexFunc(owners, func(o owner) bool { return o.fence == ev.call.fence })
 		switch {
-		case i < 0 || ev.lost:
-		case ev.verb == releases:
+		case i < 0:
+		case ev.lost && ev.heard < owners[i].until:
+			return fmt.Sprintf("owner %d had it until %v, and was told at %v that it has lost it", owners[i].fence, owners[i].until, ev.heard)
+		case ev.lost:
+		case ev.verb == releases, ev.verb == completes:
 			owners[i].until = 0
 		case ev.verb == renews && !ev.unknown && owners[i].until > 0:
 			owners[i].until = max(owners[i].until, ev.asked+short)

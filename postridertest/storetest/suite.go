@@ -30,6 +30,7 @@ var promises = []struct {
 	{"KeysAreIndependent", keysAreIndependent},
 	{"OneOfManyOwnsAKey", oneOfManyOwnsAKey},
 	{"ReleasedKeyIsFree", releasedKeyIsFree},
+	{"ClaimIsRepeatedByItsOwner", claimIsRepeatedByItsOwner},
 	{"StrangersAreRefused", strangersAreRefused},
 	{"DeadOwnerIsSucceeded", deadOwnerIsSucceeded},
 	{"RenewedLeaseHolds", renewedLeaseHolds},
@@ -60,7 +61,12 @@ type env struct {
 
 func (e *env) claim(key, request string, lease time.Duration) idempotency.Claim {
 	e.Helper()
-	c, err := e.store.Claim(e.Context(), key, []byte(request), lease)
+	return e.claimAs(key, postrider.NewID(), request, lease)
+}
+
+func (e *env) claimAs(key, owner, request string, lease time.Duration) idempotency.Claim {
+	e.Helper()
+	c, err := e.store.Claim(e.Context(), key, owner, []byte(request), lease)
 	if err != nil {
 		e.Fatalf("claim %q: %v", key, err)
 	}
@@ -171,7 +177,7 @@ func keysAreIndependent(e *env) {
 		}
 	}
 	for _, key := range []string{"", strings.Repeat("k", 10_000)} {
-		if _, err := e.store.Claim(e.Context(), key, []byte("r"), lease); !errors.Is(err, postrider.InvalidArgument) {
+		if _, err := e.store.Claim(e.Context(), key, "me", []byte("r"), lease); !errors.Is(err, postrider.InvalidArgument) {
 			e.Errorf("a key of %d bytes: error %v, want InvalidArgument", len(key), err)
 		}
 	}
@@ -185,7 +191,7 @@ func oneOfManyOwnsAKey(e *env) {
 		var wg sync.WaitGroup
 		for range 16 {
 			wg.Go(func() {
-				c, err := e.store.Claim(e.Context(), "k", []byte("r"), lease)
+				c, err := e.store.Claim(e.Context(), "k", postrider.NewID(), []byte("r"), lease)
 				mu.Lock()
 				defer mu.Unlock()
 				switch {
@@ -219,6 +225,33 @@ func releasedKeyIsFree(e *env) {
 	e.lost("completion of another's key", e.store.Complete(e.Context(), "k", first, idempotency.Outcome{}))
 	e.busy("k", "other")
 	e.must(e.store.Complete(e.Context(), "k", second, idempotency.Outcome{}))
+}
+
+// claimIsRepeatedByItsOwner is about an owner that has not heard that it is.
+func claimIsRepeatedByItsOwner(e *env) {
+	began := time.Now()
+	fence := e.claimAs("k", "me", "r", short).Fence
+	for range 2 {
+		if c := e.claimAs("k", "me", "r", lease); c.Fence != fence {
+			e.Fatalf("claim again: %+v, want fence %d", c, fence)
+		}
+	}
+	e.busy("k", "r")
+	e.must(e.store.Renew(e.Context(), "k", fence, lease))
+	<-time.After(time.Until(began.Add(2 * short))) // the first lease has ended, the last one has not
+	e.busy("k", "r")
+	e.must(e.store.Release(e.Context(), "k", fence))
+	next := e.claimAs("k", "me", "r", lease)
+	if next.Fence <= fence {
+		e.Fatalf("fence %d after %d", next.Fence, fence)
+	}
+	e.must(e.store.Complete(e.Context(), "k", next.Fence, idempotency.Outcome{Data: []byte("done")}))
+	if c := e.claimAs("k", "me", "r", lease); c.Outcome == nil {
+		e.Fatalf("claim after completion: %+v", c)
+	}
+	if first, second := e.claimAs("unnamed", "", "r", lease), e.claimAs("unnamed", "", "r", lease); first.Fence == 0 || second.Fence != 0 {
+		e.Fatalf("callers without a name: %+v, %+v", first, second)
+	}
 }
 
 func strangersAreRefused(e *env) {
@@ -281,7 +314,7 @@ func endedContextIsNoLoss(e *env) {
 	fence := e.own("k", "r", lease)
 	ctx, cancel := context.WithCancel(e.Context())
 	cancel()
-	_, err := e.store.Claim(ctx, "k", []byte("r"), lease)
+	_, err := e.store.Claim(ctx, "k", "me", []byte("r"), lease)
 	for what, err := range map[string]error{
 		"claim": err, "renew": e.store.Renew(ctx, "k", fence, lease),
 		"complete": e.store.Complete(ctx, "k", fence, idempotency.Outcome{}), "release": e.store.Release(ctx, "k", fence),
