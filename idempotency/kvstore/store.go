@@ -26,6 +26,10 @@ const (
 	// markerTTL is how long the server keeps the mark of an entry that is gone, the shortest time it can.
 	markerTTL = time.Second
 
+	// catchUp is how long an owner waits for a leader that does not know of its claim yet, looking every catchUpPoll.
+	catchUp     = time.Second
+	catchUpPoll = 50 * time.Millisecond
+
 	// readTimeout bounds the wait for a leader, which nobody answers for while there is none.
 	readTimeout = 5 * time.Second
 )
@@ -100,7 +104,7 @@ func (s *Store) Claim(ctx context.Context, key, owner string, request []byte, le
 		}
 	}
 	var c idempotency.Claim
-	err := s.change(ctx, "claim", key, func(at entry) (next *entry, ttl time.Duration, err error) {
+	err := s.change(ctx, "claim", key, 0, func(at entry) (next *entry, ttl time.Duration, err error) {
 		c = idempotency.Claim{}
 		switch {
 		case at.State == open && at.Owner != "" && at.Owner == owner: // an answer was lost
@@ -123,7 +127,7 @@ func (s *Store) Claim(ctx context.Context, key, owner string, request []byte, le
 
 // Renew implements [idempotency.Records].
 func (s *Store) Renew(ctx context.Context, key string, fence int64, lease time.Duration) error {
-	return s.change(ctx, "renew", key, func(at entry) (*entry, time.Duration, error) {
+	return s.change(ctx, "renew", key, fence, func(at entry) (*entry, time.Duration, error) {
 		if !at.ownedBy(fence) {
 			return nil, 0, idempotency.ErrLost
 		}
@@ -133,7 +137,7 @@ func (s *Store) Renew(ctx context.Context, key string, fence int64, lease time.D
 
 // Complete implements [idempotency.Records].
 func (s *Store) Complete(ctx context.Context, key string, fence int64, o idempotency.Outcome) error {
-	return s.change(ctx, "complete", key, func(at entry) (*entry, time.Duration, error) {
+	return s.change(ctx, "complete", key, fence, func(at entry) (*entry, time.Duration, error) {
 		switch {
 		case at.State != open && at.exists() && at.Fence == fence: // an answer was lost
 			return nil, 0, nil
@@ -150,7 +154,7 @@ func (s *Store) Complete(ctx context.Context, key string, fence int64, o idempot
 
 // Release implements [idempotency.Records].
 func (s *Store) Release(ctx context.Context, key string, fence int64) error {
-	return s.change(ctx, "release", key, func(at entry) (*entry, time.Duration, error) {
+	return s.change(ctx, "release", key, fence, func(at entry) (*entry, time.Duration, error) {
 		if !at.ownedBy(fence) {
 			return nil, 0, idempotency.ErrLost
 		}
@@ -159,17 +163,27 @@ func (s *Store) Release(ctx context.Context, key string, fence int64) error {
 }
 
 // change reads the entry of a key and replaces it by what decide says: nil leaves it, one without a state deletes it. It looks
-// again if somebody else was faster.
+// again if somebody else was faster, and if the entry is older than the claim that the fence is of: a leader that was elected a
+// moment ago may not have applied all that is committed.
 func (s *Store) change(
-	ctx context.Context, verb, key string, decide func(at entry) (next *entry, ttl time.Duration, err error), stored func(sequence uint64),
+	ctx context.Context, verb, key string, fence int64, decide func(at entry) (next *entry, ttl time.Duration, err error), stored func(sequence uint64),
 ) error {
 	op, subject := "kvstore: "+verb+" "+key, s.subject(key)
+	began := time.Now()
 	for range conflicts {
 		at, err := s.read(ctx, subject)
 		if err != nil {
 			return storeError(ctx, op, err)
 		}
 		next, ttl, err := decide(at)
+		if errors.Is(err, idempotency.ErrLost) && s.replicas > 1 && at.sequence < uint64(fence) && time.Since(began) < catchUp {
+			select {
+			case <-time.After(catchUpPoll):
+				continue
+			case <-ctx.Done():
+				return storeError(ctx, op, ctx.Err())
+			}
+		}
 		if next == nil {
 			return err
 		}
